@@ -89,7 +89,7 @@ class Args:
     """discount factor"""
     critic_lr: float = 1e-3
     """learning rate of the critics"""
-    actor_lr: float = 3e-4
+    actor_lr: float = 1e-3
     """learning rate of the actor"""
     alpha_lr: float = 1e-3
     """learning rate of the entropy coefficient"""
@@ -101,7 +101,7 @@ class Args:
     """critic updates per update of actor and alpha"""
     autotune: bool = True
     """learn alpha such that the entropy of the path meets --target-entropy"""
-    alpha: float = 0.2
+    alpha: float = 0.02
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: float = 0.0
     """target of the path's entropy in nats, all dimensions and steps together"""
@@ -149,8 +149,8 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> list[torch.Tensor]:
         """Uniform batch: obs (B, obs_dim), action (B, D), reward (B,), terminated (B,), next_obs (B, obs_dim)."""
         index = torch.randint(len(self), (batch_size,), device=self.rows.device)
-        parts = self.rows[index].split(self.widths, dim=1)
-        return [p.squeeze(1) if p.shape[1] == 1 and i in (2, 3) else p for i, p in enumerate(parts)]
+        obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, dim=1)
+        return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
 
     def last_actions(self, n: int) -> np.ndarray:
         """The last n actions added, oldest first, (n, D)."""
@@ -215,13 +215,17 @@ class Critic(nn.Module):
         return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
 
 
-# --- velocity network: from here to the next rule is all that distinguishes Flow-G from Flow-T -----------------------
+class TimeEmbedding(nn.Module):
+    """Linear map of sines and cosines of the flow time t in [0, 1] (float or (B, 1)) to (dim,) or (B, dim)."""
 
+    def __init__(self, dim: int, frequencies: int = 16):
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, 2, frequencies), persistent=False)  # 1 to 100 rad
+        self.linear = nn.Linear(2 * frequencies, dim, bias=False)
 
-def time_features(t, n: int = 16) -> torch.Tensor:
-    """Sines and cosines of flow time t (float or (B, 1)) at n frequencies from 1 to 100 rad: (2n,) or (B, 2n)."""
-    phase = t * torch.logspace(0, 2, n)
-    return torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1)
+    def forward(self, t):
+        phase = t * self.frequencies
+        return self.linear(torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1))
 
 
 class Velocity(nn.Module):
@@ -237,7 +241,7 @@ class Velocity(nn.Module):
         # same at all K steps, so `encode` computes it once per rollout.
         self.from_obs = nn.Linear(obs_dim, 2 * dim)
         self.from_action = nn.Linear(action_dim, 2 * dim, bias=False)
-        self.from_time = nn.Linear(32, 2 * dim, bias=False)
+        self.from_time = TimeEmbedding(2 * dim)
         self.gate = nn.Linear(dim, action_dim)
         self.candidate = nn.Linear(dim, action_dim)
         nn.init.zeros_(self.gate.weight)
@@ -249,12 +253,9 @@ class Velocity(nn.Module):
 
     def forward(self, t, a, memory):
         """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
-        hidden = F.silu(memory + self.from_action(a) + self.from_time(time_features(t)))
+        hidden = F.silu(memory + self.from_action(a) + self.from_time(t))
         for_gate, for_candidate = hidden.chunk(2, dim=-1)
         return torch.sigmoid(self.gate(for_gate)) * (self.candidate(for_candidate) - a)
-
-
-# --- end of the velocity network -------------------------------------------------------------------------------------
 
 
 class Actor(nn.Module):
@@ -269,13 +270,15 @@ class Actor(nn.Module):
         noise_dim: int = 256, renorm=lambda dim: nn.Identity(), **velocity,
     ):  # fmt: skip
         super().__init__()
-        low, high = torch.as_tensor(action_low), torch.as_tensor(action_high)
+        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
         self.flow_steps, self.drift_correction, self.action_dim = flow_steps, drift_correction, len(low)
         self.norm = renorm(obs_dim)
         self.velocity_net = Velocity(obs_dim, self.action_dim, **velocity)
         self.noise_net = nn.Sequential(
-            nn.Linear(obs_dim, noise_dim), nn.ReLU(), nn.Linear(noise_dim, noise_dim), nn.ReLU(), nn.Linear(noise_dim, self.action_dim)
-        )
+            nn.Linear(obs_dim, noise_dim), nn.ReLU(),
+            nn.Linear(noise_dim, noise_dim), nn.ReLU(),
+            nn.Linear(noise_dim, self.action_dim),
+        )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
 
@@ -287,7 +290,7 @@ class Actor(nn.Module):
         """Sample actions and the density of their paths (equations "rollout" and "density" of the README).
 
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians: noise[0] = A_0, noise[i+1] = eps_i.
-        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), path (K+1, B, D) pre-squash.
+        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), path (K+1, B, D) of A_i.
         `probe`, zeros of path's shape, is added to each A_i: its gradient is dL/dA_i.
         """
         obs = self.norm(obs)
@@ -505,7 +508,7 @@ def to_obs(obs) -> np.ndarray:
 
 
 def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """(D,) in the space's shape and type. Clipped, as rounding may leave unequal bounds by one unit in the last place."""
+    """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
     return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
 
 
@@ -544,7 +547,7 @@ def main() -> None:
     env = make_env(args.env_id, render_mode)
     obs_dim, action_low = env.observation_space.shape[0], env.action_space.low.ravel().astype(np.float32)
     action_high = env.action_space.high.ravel().astype(np.float32)
-    run = Path(args.resume or args.evaluate or "runs") 
+    run = Path(args.resume or args.evaluate or "runs")
     if not (args.resume or args.evaluate):
         run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
     if args.capture_video:
@@ -557,10 +560,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     renorm = partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
-    velocity_sizes = {name.removeprefix("velocity_"): size for name, size in vars(args).items() if name.startswith("velocity_")}
+    velocity = {name.removeprefix("velocity_"): size for name, size in vars(args).items() if "velocity_" in name}
     actor = Actor(
         obs_dim, action_low, action_high, flow_steps=args.flow_steps, drift_correction=args.drift_correction,
-        noise_dim=args.noise_dim, renorm=renorm, **velocity_sizes,
+        noise_dim=args.noise_dim, renorm=renorm, **velocity,
     ).to(device)  # fmt: skip
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
@@ -624,7 +627,7 @@ def main() -> None:
         returns_csv.writerow(["step", "return", "length", "seconds"])
 
     def save() -> None:
-        """Write the checkpoint: all that decides how the run goes on, and how to return to this point of the episode."""
+        """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
         csv_file.flush()
         os.fsync(csv_file.fileno())
         for name in ("actor", "critics"):
@@ -698,7 +701,7 @@ def main() -> None:
                     torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
 
                 if updates % args.actor_delay == 0:
-                    actor.train(), critics.eval().requires_grad_(False)
+                    actor.train(), critics.eval()
                     loss_pi, log_prob = actor_loss_(actor, critics, batch[0], noise(args.batch_size), alpha)
                     actor_optimizer.zero_grad()
                     loss_pi.backward()
@@ -713,11 +716,11 @@ def main() -> None:
                         norms = gradient_norms(actor, critics, batch[0], noise(args.batch_size), alpha)
                         for i, norm in enumerate(norms.tolist()):
                             writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
-                    critics.train().requires_grad_(True)
+                    critics.train()
                 updates += 1
                 history.append(torch.stack([t.detach() for t in (loss_q, q, loss_pi, loss_alpha, alpha, -log_prob)]))
                 if step % 100 == 0:
-                    for name, value in zip(LOSSES, means := mean_losses().tolist()):
+                    for name, value in zip(LOSSES, means := mean_losses().tolist(), strict=True):
                         writer.add_scalar(f"losses/{name}", value, step)
                     sps = (step - first_step) / (time.time() - start)
                     writer.add_scalar("charts/SPS", sps, step)
