@@ -561,10 +561,13 @@ def main() -> None:
 
     renorm = partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
     velocity = {name.removeprefix("velocity_"): size for name, size in vars(args).items() if "velocity_" in name}
-    actor = Actor(
-        obs_dim, action_low, action_high, flow_steps=args.flow_steps, drift_correction=args.drift_correction,
-        noise_dim=args.noise_dim, renorm=renorm, **velocity,
-    ).to(device)  # fmt: skip
+    try:
+        actor = Actor(
+            obs_dim, action_low, action_high, flow_steps=args.flow_steps, drift_correction=args.drift_correction,
+            noise_dim=args.noise_dim, renorm=renorm, **velocity,
+        ).to(device)  # fmt: skip
+    except ValueError as error:  # sizes that do not fit together
+        fail(str(error))
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
         print(f"{run} at step {checkpoint['step']}")
@@ -680,6 +683,7 @@ def main() -> None:
                 with torch.no_grad():
                     action = policy(torch.from_numpy(obs).to(device)[None], noise(1))[0].cpu().numpy()
                 if not np.isfinite(action).all():
+                    mean_losses()  # if a loss diverged before, it is the one to name
                     diverged(step, "action")
             next_obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
             next_obs, reward, step = to_obs(next_obs), float(reward), step + 1

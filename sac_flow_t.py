@@ -237,11 +237,14 @@ class DecoderLayer(nn.Module):
     """Pre-norm decoder layer: y = phi + Cross(LN(phi), LN(memory)),  phi' = y + FFN(LN(y)).
 
     Self-attention over action tokens is masked to the diagonal, which keeps a step Markov in the action: there it is
-    a linear map of the token itself, which the FFN contains, so it has no code here.
+    a linear map of the token itself, which the FFN contains, so it has no code here. Raises ValueError unless
+    `heads` divides `dim`.
     """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"--velocity-heads {heads} must divide --velocity-dim {dim}")
         self.heads = heads
         self.norm_query, self.norm_memory, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
@@ -598,10 +601,13 @@ def main() -> None:
 
     renorm = partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
     velocity = {name.removeprefix("velocity_"): size for name, size in vars(args).items() if "velocity_" in name}
-    actor = Actor(
-        obs_dim, action_low, action_high, flow_steps=args.flow_steps, drift_correction=args.drift_correction,
-        noise_dim=args.noise_dim, renorm=renorm, **velocity,
-    ).to(device)  # fmt: skip
+    try:
+        actor = Actor(
+            obs_dim, action_low, action_high, flow_steps=args.flow_steps, drift_correction=args.drift_correction,
+            noise_dim=args.noise_dim, renorm=renorm, **velocity,
+        ).to(device)  # fmt: skip
+    except ValueError as error:  # sizes that do not fit together
+        fail(str(error))
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
         print(f"{run} at step {checkpoint['step']}")
@@ -717,6 +723,7 @@ def main() -> None:
                 with torch.no_grad():
                     action = policy(torch.from_numpy(obs).to(device)[None], noise(1))[0].cpu().numpy()
                 if not np.isfinite(action).all():
+                    mean_losses()  # if a loss diverged before, it is the one to name
                     diverged(step, "action")
             next_obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
             next_obs, reward, step = to_obs(next_obs), float(reward), step + 1

@@ -1,0 +1,51 @@
+"""What the tests share: both scripts as modules, and a way to run them as a user does."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
+os.environ.setdefault("MUJOCO_GL", "egl")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SCRIPTS = ["sac_flow_g", "sac_flow_t"]
+SMALL = "--critic-dim 16 --noise-dim 16 --velocity-dim 16 --batch-size 16 --no-compile --no-cuda".split()
+
+
+@pytest.fixture(params=SCRIPTS)
+def name(request) -> str:
+    """The name of each script in turn."""
+    return request.param
+
+
+@pytest.fixture
+def script(name):
+    """Each script in turn, imported."""
+    torch.manual_seed(0)
+    return importlib.import_module(name)
+
+
+def command(name: str, *flags: str) -> list[str]:
+    """The command line of a script."""
+    return [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
+
+
+@pytest.fixture
+def run(name, tmp_path):
+    """Runs each script in turn in a fresh folder: `run(*flags)` returns the finished process."""
+
+    def run(*flags: str, name=name, env=None, **kwargs) -> subprocess.CompletedProcess:
+        environ = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **(env or {})}
+        for display in ("DISPLAY", "WAYLAND_DISPLAY"):
+            environ.pop(display, None)
+        return subprocess.run(
+            command(name, *flags), cwd=tmp_path, env=environ, text=True, capture_output=True, timeout=500, **kwargs
+        )
+
+    return run

@@ -1,0 +1,284 @@
+"""The flow policy: its density, its marginals, and the RNN that it is."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.functional import jacobian
+from torch.nn import functional as F
+
+LOW, HIGH = [-0.4, -3.0, 0.0], [0.4, 1.0, 5.0]  # unequal bounds, one of them not symmetric
+
+
+def make_actor(script, k=4, double=True, **keywords):
+    """An actor of 5 observations and 3 actions whose every weight is random, so that no term is 0 by its start."""
+    actor = script.Actor(5, LOW, HIGH, flow_steps=k, noise_dim=16, dim=16, **keywords)
+    for parameter in actor.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return actor.double() if double else actor
+
+
+@pytest.mark.parametrize("drift_correction", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_log_prob_is_the_density_of_the_map_from_noise_to_path(script, k, drift_correction):
+    actor = make_actor(script, k, drift_correction=drift_correction)
+    obs, noise = torch.randn(1, 5).double(), torch.randn(k + 1, 1, 3).double()
+
+    def path_and_action(flat):
+        action, _, path = actor.rollout(obs, flat.view(k + 1, 1, 3))
+        return torch.cat([path[:-1].flatten(), action.flatten()])
+
+    log_det = torch.linalg.slogdet(jacobian(path_and_action, noise.flatten())).logabsdet
+    expected = torch.distributions.Normal(0, 1).log_prob(noise).sum() - log_det
+    torch.testing.assert_close(actor.rollout(obs, noise)[1][0], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_shapes_and_bounds(script):
+    for k in (1, 3, 16):
+        actor = make_actor(script, k, double=False)
+        action, log_prob, path = actor.rollout(torch.randn(7, 5), 3 * torch.randn(k + 1, 7, 3))
+        assert action.shape == (7, 3) and log_prob.shape == (7,) and path.shape == (k + 1, 7, 3)
+        assert (action >= torch.tensor(LOW) - 1e-6).all() and (action <= torch.tensor(HIGH) + 1e-6).all()
+        assert actor.velocity(0.5, path[0], torch.randn(7, 5)).shape == (7, 3)
+
+
+def test_log_prob_is_finite_and_exact_where_tanh_saturates(script):
+    actor = make_actor(script, 1)
+    noise = torch.tensor([0.0, 1000.0]).view(2, 1, 1).expand(2, 1, 3).double()
+    obs = torch.zeros(1, 5).double()
+    _, log_prob, path = actor.rollout(obs, noise)
+    assert path[-1].abs().max() > 20  # 1 - tanh^2 is 0 in floating point here
+    correction = actor.scale.log() + math.log(4) - 2 * path[-1].abs()  # its limit, log(4 exp(-2 |x|))
+    log_std = -1.5 + 3.5 * torch.tanh(actor.noise_net(obs))
+    no_squash = torch.distributions.Normal(0, 1).log_prob(noise).sum() - log_std.sum()
+    torch.testing.assert_close(log_prob[0], no_squash - correction.sum(), rtol=1e-9, atol=1e-9)
+
+
+def test_velocity_is_what_the_rollout_integrates(script):
+    actor = make_actor(script, 4, drift_correction=False)
+    obs, noise = torch.randn(6, 5).double(), torch.zeros(5, 6, 3).double()
+    noise[0].normal_()
+    _, _, path = actor.rollout(obs, noise)
+    for i in range(4):
+        for t in (i / 4, torch.full((6, 1), i / 4).double()):  # a float and a batch of times
+            torch.testing.assert_close(path[i + 1], path[i] + actor.velocity(t, path[i], obs) / 4)
+
+
+def test_act(script):
+    actor = make_actor(script, double=False)
+    obs = torch.randn(6, 5)
+    zero = torch.zeros(5, 6, 3)
+    assert torch.equal(actor.act(obs, deterministic=True), actor.rollout(obs, zero)[0])
+    assert not torch.equal(actor.act(obs), actor.act(obs))
+
+
+# --- marginal preservation: section 2 of the paper ---
+
+MEANS, STDS, WEIGHTS = torch.tensor([[-2.0], [1.5]]), torch.tensor([0.3, 0.5]), torch.tensor([0.3, 0.7])
+
+
+class ExactVelocity(nn.Module):
+    """E[x1 - x0 | x_t = a] of the linear path from N(0, 1) to a mixture of Gaussians, in closed form."""
+
+    def __init__(self, means, stds, weights):
+        super().__init__()
+        self.means, self.stds, self.weights = means, stds, weights
+
+    def encode(self, obs):
+        return None
+
+    def forward(self, t, a, memory):
+        variance = (1 - t) ** 2 + t**2 * self.stds**2  # of x_t in each component, (M,)
+        deviation = a - t * self.means.T  # (B, M)
+        logits = self.weights.log() - 0.5 * variance.log() - 0.5 * deviation**2 / variance
+        velocity = self.means.T + (t * self.stds**2 - (1 - t)) / variance * deviation
+        return (logits.softmax(1) * velocity).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("modes", [1, 2])
+def test_noisy_rollout_keeps_the_marginals_only_with_the_drift_correction(script, modes):
+    weights = WEIGHTS[:modes] / WEIGHTS[:modes].sum()
+    mean = (weights * MEANS[:modes, 0]).sum()
+    std = ((weights * (STDS[:modes] ** 2 + MEANS[:modes, 0] ** 2)).sum() - mean**2).sqrt()
+
+    def error(k, sigma, drift_correction):
+        """Distance of A_K's mean and standard deviation to those of the flow's end, in its standard deviations."""
+        actor = script.Actor(1, [-1.0], [1.0], flow_steps=k, drift_correction=drift_correction)
+        actor.velocity_net = ExactVelocity(MEANS[:modes], STDS[:modes], weights)
+        raw = math.atanh((math.log(sigma) + 1.5) / 3.5)
+        nn.init.zeros_(actor.noise_net[-1].weight)
+        nn.init.constant_(actor.noise_net[-1].bias, raw)
+        with torch.no_grad():
+            end = actor.rollout(torch.zeros(50_000, 1), torch.randn(k + 1, 50_000, 1))[2][-1]
+        return float(torch.maximum((end.mean() - mean).abs(), (end.std() - std).abs()) / std)
+
+    corrected = [error(k, 1.0, True) for k in (4, 16, 64, 256)]
+    assert corrected[0] > 2 * corrected[2] and corrected[-1] < 0.03  # approaches as K grows; 0.03: 50 000 samples
+    assert error(256, 1.0, False) > 0.1  # without the correction the noise widens the distribution
+
+
+# --- a rollout is a residual RNN: section 1 of the paper ---
+
+
+class ResidualRNNCell(nn.Module):
+    """h' = h + f(h, x) with input x = (t, s) and f = dt * v."""
+
+    def __init__(self, velocity_net, dt):
+        super().__init__()
+        self.velocity_net, self.dt = velocity_net, dt
+
+    def forward(self, x, h):
+        t, obs = x
+        return h + self.dt * self.velocity_net(t, h, self.velocity_net.encode(obs))
+
+
+def test_rollout_is_an_unrolled_residual_rnn(script):
+    actor = make_actor(script, 4, drift_correction=False)
+    cell, obs, noise = ResidualRNNCell(actor.velocity_net, 1 / 4), torch.randn(6, 5).double(), torch.zeros(5, 6, 3)
+    noise = noise.double()
+    noise[0].normal_()
+    h, states = noise[0], [noise[0]]
+    for i in range(4):
+        h = cell((i / 4, obs), h)
+        states.append(h)
+    torch.testing.assert_close(actor.rollout(obs, noise)[2], torch.stack(states))
+
+
+@pytest.mark.parametrize("drift_correction", [True, False])
+def test_gradient_is_the_rnn_product_of_jacobians(script, drift_correction):
+    k, d = 4, 3
+    actor = make_actor(script, k, drift_correction=drift_correction)
+    obs, noise = torch.randn(1, 5).double(), torch.randn(k + 1, 1, d).double()
+    probe = torch.zeros_like(noise, requires_grad=True)
+    path = actor.rollout(obs, noise, probe)[2]
+    readout = torch.randn(d).double()
+    (gradient,) = torch.autograd.grad((path[-1] @ readout).sum(), probe)  # dL/dA_i, L = readout . A_K
+
+    std = (-1.5 + 3.5 * torch.tanh(actor.noise_net(obs)))[0].exp()
+    expected = readout
+    for i in reversed(range(k)):
+        t = i / k
+        dv = jacobian(lambda a, t=t: actor.velocity(t, a[None], obs)[0], path[i, 0].detach())
+        db = dv
+        if drift_correction:  # b = v + sigma^2 (t v - A) / (2 (1 - t))
+            db = dv + (std**2 / (2 * (1 - t)))[:, None] * (t * dv - torch.eye(d).double())
+        expected = (torch.eye(d).double() + db / k).T @ expected
+        torch.testing.assert_close(gradient[i, 0], expected)
+
+
+def test_flow_g_step_is_a_gru_update():
+    import sac_flow_g as script
+
+    actor = make_actor(script, 4, drift_correction=False)
+    velocity, dt, t, d = actor.velocity_net, 1 / 4, 0.5, 3
+    obs, a = torch.randn(6, 5).double(), torch.randn(6, 3).double()
+    hidden = F.silu(velocity.encode(obs) + velocity.from_action(a) + velocity.from_time(t))
+    gate = torch.sigmoid(velocity.gate(hidden[:, :16]))
+    candidate = velocity.candidate(hidden[:, 16:])
+    assert candidate.abs().max() < 1  # a GRU's candidate is a tanh
+
+    cell = nn.GRUCell(2 * d, d).double()
+    for parameter in cell.parameters():
+        nn.init.zeros_(parameter)
+    nn.init.normal_(cell.weight_hh[2 * d :])  # the candidate reads the hidden state through the reset gate ...
+    nn.init.constant_(cell.bias_hh[:d], 100.0)  # ... which is held open
+    cell.weight_ih.data[d : 2 * d, :d] = torch.eye(d)
+    cell.weight_ih.data[2 * d :, d:] = torch.eye(d)
+    # PyTorch's update gate keeps: h' = (1 - z) n + z h, so z = 1 - dt g and n = vhat.
+    inputs = torch.cat([torch.logit(1 - dt * gate), torch.atanh(candidate) - a @ cell.weight_hh[2 * d :].T], dim=1)
+    torch.testing.assert_close(cell(inputs, a), a + dt * actor.velocity(t, a, obs))
+
+
+def test_flow_g_starts_contractive():
+    import sac_flow_g as script
+
+    actor = script.Actor(5, LOW, HIGH)
+    velocity, a = actor.velocity_net, torch.randn(6, 3)
+    hidden = F.silu(velocity.encode(torch.randn(6, 5)) + velocity.from_action(a) + velocity.from_time(0.0))
+    assert torch.allclose(torch.sigmoid(velocity.gate(hidden[:, :256])), torch.tensor(0.9933), atol=1e-4)
+
+
+def test_flow_t_cross_attention_equals_multihead_attention():
+    import sac_flow_t as script
+
+    layer = script.DecoderLayer(16, 4)
+    reference = nn.MultiheadAttention(16, 4, batch_first=True)
+    reference.in_proj_weight.data = torch.cat([layer.query.weight, layer.key_value.weight]).data
+    reference.in_proj_bias.data = torch.cat([layer.query.bias, layer.key_value.bias]).data
+    reference.out_proj.load_state_dict(layer.out.state_dict())
+    for parameter in layer.ffn[-1].parameters():
+        nn.init.zeros_(parameter)  # leaves phi + attention
+    for tokens in (1, 5):  # the observation's one token, and more, where attention weights matter
+        phi, memory = torch.randn(7, 1, 16), torch.randn(7, tokens, 16)
+        expected = phi + reference(layer.norm_query(phi), *2 * [layer.norm_memory(memory)])[0]
+        torch.testing.assert_close(layer(phi, *layer.encode(memory)), expected)
+
+
+def test_flow_t_with_one_memory_token_reads_the_observation_linearly():
+    import sac_flow_t as script
+
+    layer, phi, memory = script.DecoderLayer(16, 4), torch.randn(7, 1, 16), torch.randn(7, 1, 16)
+    for parameter in layer.ffn[-1].parameters():
+        nn.init.zeros_(parameter)
+    read_out = layer.out(layer.key_value(layer.norm_memory(memory))[..., 16:])
+    torch.testing.assert_close(layer(phi, *layer.encode(memory)), phi + read_out)
+
+
+def test_observation_is_encoded_once_per_rollout(script):
+    actor, calls = make_actor(script, 8), []
+    encode, noise_net = actor.velocity_net.encode, actor.noise_net.forward
+    actor.velocity_net.encode = lambda obs: calls.append("memory") or encode(obs)
+    actor.noise_net.forward = lambda obs: calls.append("sigma") or noise_net(obs)
+    actor.rollout(torch.randn(2, 5).double(), torch.randn(9, 2, 3).double())
+    assert sorted(calls) == ["memory", "sigma"]
+
+
+class PlainVelocity(nn.Module):
+    """The naive flow: an MLP of Flow-G's size with neither gate nor normalisation."""
+
+    def __init__(self, obs_dim, action_dim, dim=256):
+        super().__init__()
+        import sac_flow_g
+
+        self.from_obs = nn.Linear(obs_dim, 2 * dim)
+        self.from_action = nn.Linear(action_dim, 2 * dim, bias=False)
+        self.from_time = sac_flow_g.TimeEmbedding(2 * dim)
+        self.out = nn.Linear(2 * dim, action_dim)
+
+    def encode(self, obs):
+        return self.from_obs(obs)
+
+    def forward(self, t, a, memory):
+        return self.out(F.silu(memory + self.from_action(a) + self.from_time(t)))
+
+
+@pytest.mark.parametrize("k", [2, 4, 8, 16])
+def test_gradient_norms_stay_level_where_a_plain_velocitys_grow(script, k):
+    """Largest over smallest |dL/dA_i| along the rollout, every weight matrix of the velocity scaled by 3.5.
+
+    A step multiplies the gradient by I + dt J for the plain velocity and, the gate being open, by (1 - dt) I + dt J
+    for Flow-G: over K steps a factor near e less growth for the same J. (With unscaled weights J is small and that
+    factor is the whole ratio: Flow-G 3, plain 1.1. Gates pay when weights have grown.) Flow-T's read-out is
+    normalised, so that scaling what comes before it does not scale J. Measured here, geometric mean over 20 seeds,
+    K = 2, 4, 8, 16: Flow-G 2.3 to 2.8, Flow-T 1.3, plain 3.4 to 5.7. Hence the bound, 3.1.
+    """
+
+    def ratio(seed, plain):
+        torch.manual_seed(seed)
+        actor = script.Actor(17, [-1.0] * 6, [1.0] * 6, flow_steps=k, drift_correction=False)
+        if plain:
+            actor.velocity_net = PlainVelocity(17, 6)
+        with torch.no_grad():
+            for weight in actor.velocity_net.parameters():
+                weight.mul_(3.5 if weight.ndim == 2 else 1)
+        noise = torch.cat([torch.randn(1, 64, 6), torch.zeros(k, 64, 6)])
+        probe = torch.zeros_like(noise, requires_grad=True)
+        path = actor.rollout(torch.randn(64, 17), noise, probe)[2]
+        norms = torch.autograd.grad((path[-1] @ torch.randn(6)).sum(), probe)[0].norm(dim=2).mean(1)
+        return (norms.max() / norms.min()).log()
+
+    def mean_ratio(plain):
+        return torch.stack([ratio(seed, plain) for seed in range(20)]).mean().exp()
+
+    assert mean_ratio(plain=False) < 3.1 < mean_ratio(plain=True)

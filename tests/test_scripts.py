@@ -1,0 +1,372 @@
+"""The scripts as a user runs them: what a run leaves, resume, evaluation, bad input, learning."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, command
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+PENDULUM = ["--env-id", "InvertedPendulum-v4", "--random-steps", "100", *SMALL]
+
+
+def the_run(folder: Path) -> Path:
+    """The only run in a folder."""
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def checkpoint(run: Path) -> dict:
+    """A run's checkpoint, without what says how long things took."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    for name in ("seconds", "csv_length"):
+        del state[name]
+    return state
+
+
+def returns(run: Path) -> list[list[str]]:
+    """returns.csv without its column of seconds."""
+    return [row[:3] for row in csv.reader(open(run / "returns.csv"))]
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Equality to the last bit of nested checkpoints."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Humanoid-v4", "InvertedPendulum-v4"])
+def test_300_steps(run, tmp_path, env_id, crossq):
+    done = run("--env-id", env_id, crossq, "--total-timesteps", 300, "--random-steps", 200, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "deterministic: return" in done.stdout and "stochastic: return" in done.stdout
+    state = checkpoint(the_run(tmp_path))
+    assert state["step"] == 300 and state["updates"] == 100
+    assert ("targets" in state) == (crossq == "--no-crossq")
+
+
+@pytest.mark.parametrize("flags", [["--env-id", "Hopper-v4"], ["--env-id", "InvertedPendulum-v5", "--no-crossq"]])
+def test_compiled(run, tmp_path, flags):
+    flags = [*flags, "--total-timesteps", 300, "--random-steps", 200, *SMALL, "--compile"]
+    done = run(*flags)
+    assert done.returncode == 0 and "torch.compile finds no" not in done.stderr, done.stderr
+
+
+def test_without_a_compiler_it_goes_on(run, tmp_path):
+    flags = ["--env-id", "InvertedPendulum-v4", "--total-timesteps", 120, "--random-steps", 100, *SMALL, "--compile"]
+    none = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": "/nowhere"}
+    done = run(*flags, env=none)
+    assert done.returncode == 0 and "going on without it" in done.stderr
+
+
+def test_what_a_run_leaves(run, tmp_path, name):
+    done = run(*PENDULUM, "--total-timesteps", 600, "--seed", 7)
+    assert done.returncode == 0, done.stderr
+    folder = the_run(tmp_path)
+    assert folder.name.startswith(f"InvertedPendulum-v4__{name}__7__")
+    assert {"args.json", "checkpoint.pt", "returns.csv"} <= {path.name for path in folder.iterdir()}
+    args = json.loads((folder / "args.json").read_text())
+    assert args["seed"] == 7 and args["critic_dim"] == 16
+
+    rows = list(csv.DictReader(open(folder / "returns.csv")))
+    assert list(rows[0]) == ["step", "return", "length", "seconds"]
+    steps = [int(row["step"]) for row in rows]
+    assert steps == [sum(int(row["length"]) for row in rows[: i + 1]) for i in range(len(rows))]  # one row an episode
+    assert all(float(row["return"]) == pytest.approx(int(row["length"]), abs=1) for row in rows)  # reward 1 a step
+
+    events = EventAccumulator(str(folder)).Reload()
+    losses = {"qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy"}
+    expected = {f"losses/{loss}" for loss in losses} | {f"flow/grad_norm_step_{i}" for i in range(5)}
+    expected |= {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/deterministic_return", "eval/stochastic_return"}
+    assert expected <= set(events.Tags()["scalars"])
+    logged = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
+    assert logged == [(int(row["step"]), pytest.approx(float(row["return"]))) for row in rows]
+
+
+def test_same_seed_same_run_other_seed_other_run(run, tmp_path):
+    for seed in (1, 1, 2):
+        assert run(*PENDULUM, "--total-timesteps", 150, "--seed", seed).returncode == 0
+        time.sleep(1)  # folders are named by the second
+    first, second, other = (checkpoint(path) for path in sorted((tmp_path / "runs").iterdir(), key=os.path.getmtime))
+    assert_same(first, second)
+    assert not torch.equal(first["buffer"], other["buffer"])
+
+
+def test_terminal_and_truncated_transitions(run, tmp_path):
+    done = run("--env-id", "tiny_envs:Scripted-v0", "--total-timesteps", 48, "--random-steps", 40, *SMALL)
+    assert done.returncode == 0, done.stderr
+    rows = checkpoint(the_run(tmp_path))["buffer"]
+    obs, reward, terminated, next_obs = rows[:, :3], rows[:, 5], rows[:, 6], rows[:, 7:]
+    assert torch.equal(next_obs[:, 0], obs[:, 0])  # within the episode: the final observation, never the reset one
+    assert torch.equal(next_obs[:, 1], obs[:, 1] + 1) and torch.equal(reward, obs[:, 1] + 1)
+    even = obs[:, 0] % 2 == 0
+    assert torch.equal(terminated.bool(), even & (obs[:, 1] == 4))
+    assert (obs[~even][:, 1] == 6).any() and len(rows) == 48  # truncated episodes ran their 7 steps
+
+
+# --- checkpoints ---
+
+
+def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
+    flags = [*PENDULUM, "--total-timesteps", 1500, "--save-every", 400, "--buffer-size", 700]  # the buffer wraps around
+    assert run(*flags).returncode == 0
+    whole = the_run(tmp_path)
+    whole = whole.rename(tmp_path / "whole")
+
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(name, *flags), cwd=tmp_path, **quiet)
+    while process.poll() is None:  # until it has gone on past its second checkpoint
+        time.sleep(0.05)
+        saved = [path for path in (tmp_path / "runs").glob("*/checkpoint.pt")]
+        if saved and returns(saved[0].parent)[-1][0].isdigit() and int(returns(saved[0].parent)[-1][0]) > 950:
+            break
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    process.wait()
+    folder = the_run(tmp_path)
+    assert 400 <= checkpoint(folder)["step"] < 1500
+    done = run("--resume", folder)
+    assert done.returncode == 0, done.stderr
+    assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
+    assert returns(folder) == returns(whole)
+
+
+@pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
+def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, crossq):
+    """The end of a run falls into an episode, which is replayed."""
+    flags = ["--env-id", "Hopper-v4", "--random-steps", 300, crossq, *SMALL]
+    assert run(*flags, "--total-timesteps", 400).returncode == 0
+    whole = the_run(tmp_path).rename(tmp_path / "whole")
+    assert run(*flags, "--total-timesteps", 350).returncode == 0
+    folder = the_run(tmp_path)
+    assert checkpoint(folder)["episode_length"] > 0
+    done = run("--resume", folder, "--total-timesteps", 400)
+    assert done.returncode == 0 and "did not replay" not in done.stderr, done.stderr
+    assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
+    assert returns(folder) == returns(whole)
+
+
+def test_environment_that_cannot_be_replayed_starts_a_new_episode(run, tmp_path):
+    flags = ["--env-id", "tiny_envs:Scripted-v0", "--random-steps", 40, *SMALL]
+    assert run(*flags, "--total-timesteps", 50).returncode == 0  # its episode number survives in no random generator
+    folder = the_run(tmp_path)
+    done = run("--resume", folder, "--total-timesteps", 60)
+    assert done.returncode == 0 and "did not replay" in done.stderr
+    assert checkpoint(folder)["step"] == 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_run_saves_at_once(run, name, tmp_path, number):
+    flags = command(name, *PENDULUM, "--total-timesteps", 100_000)
+    process = subprocess.Popen(flags, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (rows := list((tmp_path / "runs").glob("*/returns.csv"))) or len(returns(rows[0].parent)) < 20:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "--resume runs/" in output
+    folder = the_run(tmp_path)
+    step = checkpoint(folder)["step"]
+    assert step >= int(returns(folder)[-1][0])
+    assert run("--resume", folder, "--total-timesteps", step + 50).returncode == 0
+
+
+def test_evaluate(run, tmp_path):
+    assert run(*PENDULUM, "--total-timesteps", 200).returncode == 0
+    folder = the_run(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    first, second = run("--evaluate", folder), run("--evaluate", folder)
+    assert first.returncode == 0, first.stderr
+    assert "step 200" in first.stdout and "deterministic: return" in first.stdout and first.stdout == second.stdout
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def can_render() -> bool:
+    """Whether this machine renders without a display."""
+    code = "import gymnasium as g; e = g.make('InvertedPendulum-v5', render_mode='rgb_array'); e.reset(); e.render()"
+    return subprocess.run(command("x")[:1] + ["-c", code], capture_output=True).returncode == 0
+
+
+def test_capture_video(run, tmp_path):
+    if not can_render():
+        pytest.skip("no EGL here: apt install libegl1")
+    done = run(*PENDULUM, "--total-timesteps", 150, "--capture-video")
+    assert done.returncode == 0, done.stderr
+    folder = the_run(tmp_path)
+    videos = list((folder / "videos").glob("*.mp4"))
+    assert videos and all(path.stat().st_size > 1000 for path in videos)
+    assert run("--evaluate", folder, "--capture-video").returncode == 0
+    assert len(list((folder / "videos").glob("evaluation*.mp4"))) == 20
+
+
+# --- bad input ---
+
+
+def assert_refused(done, *words):
+    """One line on standard error that has the words, exit code 2."""
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "step/s" not in line and line.strip()]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--env-id NoSuch-v0", "NoSuch"),
+        ("--env-id no_such_module:NoSuch-v0", "no_such_module"),
+        ("--env-id CartPole-v1", "actions must be a Box"),
+        ("--env-id tiny_envs:DiscreteObservation-v0", "observations must be a Box"),
+        ("--env-id tiny_envs:DictObservation-v0", "observations must be a Box"),
+        ("--env-id tiny_envs:ImageObservation-v0", "one dimension"),
+        ("--env-id tiny_envs:DiscreteAction-v0", "actions must be a Box"),
+        ("--env-id tiny_envs:UnboundedAction-v0", "finite bounds"),
+        ("--flow-steps 0", "--flow-steps must be 1 or more, not 0"),
+        ("--batch-size 512 --buffer-size 100", "--batch-size must be at most --buffer-size 100, not 512"),
+        ("--critic-dim 0", "--critic-dim"),
+        ("--noise-dim -3", "--noise-dim"),
+        ("--velocity-dim 0", "--velocity-dim"),
+        ("--total-timesteps -1", "--total-timesteps"),
+        ("--buffer-size 0", "--buffer-size"),
+        ("--actor-delay 0", "--actor-delay"),
+        ("--random-steps -1", "--random-steps"),
+        ("--save-every 0", "--save-every"),
+        ("--gamma 1.5", "--gamma"),
+        ("--tau 0", "--tau"),
+        ("--alpha 0", "--alpha"),
+        ("--actor-lr nan", "--actor-lr"),
+        ("--seed -1", "--seed"),
+        ("--resume nowhere", "nowhere/checkpoint.pt"),
+        ("--evaluate nowhere", "nowhere/checkpoint.pt"),
+        ("--resume a --evaluate b", "exclude"),
+        ("--buffer-size 1000000000000000", "--buffer-size"),
+    ],
+)
+def test_bad_flags(script, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["script", *flags.split(), "--no-compile"])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    stderr = capsys.readouterr().err
+    assert error.value.code == 2 and len(stderr.splitlines()) == 1 and words in stderr, stderr
+    assert not any(tmp_path.iterdir())  # nothing was created
+
+
+def test_unknown_flag(run, tmp_path):
+    done = run("--no-such-flag")
+    assert done.returncode == 2 and not any(tmp_path.iterdir())
+
+
+def test_flow_t_heads_must_divide(run, tmp_path):
+    assert_refused(run("--velocity-heads", "3", name="sac_flow_t"), "--velocity-heads 3", "--velocity-dim 64")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_asked_for_and_absent(run):
+    assert_refused(run("--cuda"), "--cuda", "--no-cuda")
+
+
+def test_missing_packages_are_named(run, tmp_path):
+    for flag, package in (("--track", "wandb"), ("--capture-video", "moviepy")):
+        (tmp_path / "hidden").mkdir(exist_ok=True)
+        (tmp_path / "hidden" / f"{package}.py").write_text("raise ImportError")
+        assert_refused(run(flag, env={"PYTHONPATH": str(tmp_path / "hidden")}), package, "benchmark/requirements.txt")
+
+
+def test_bad_checkpoints(run, name, tmp_path):
+    assert run(*PENDULUM, "--total-timesteps", 150).returncode == 0
+    folder = the_run(tmp_path)
+    other = "sac_flow_t" if name == "sac_flow_g" else "sac_flow_g"
+    assert_refused(run("--resume", folder, name=other), name, other)
+    assert_refused(run("--resume", folder), "has reached step 150", "--total-timesteps")
+    assert_refused(run("--resume", folder, "--total-timesteps", 200, "--gamma", 0.9), "--gamma 0.9", "0.99")
+    assert_refused(run("--resume", folder, "--total-timesteps", 200, "--seed", 3), "--seed 3")
+    assert_refused(run("--resume", folder, "--total-timesteps", 200, "--env-id", "Hopper-v4"), "--env-id Hopper-v4")
+
+    path = folder / "checkpoint.pt"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (whole[: len(whole) // 2], bytes(flipped), b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        assert_refused(run("--resume", folder, "--total-timesteps", 200), "truncated or corrupted")
+    torch.save({"model": torch.zeros(3)}, path)
+    assert_refused(run("--resume", folder), "another program")
+    path.write_bytes(whole)
+    csv_text = (folder / "returns.csv").read_text()
+    (folder / "returns.csv").write_text(csv_text[:20])
+    assert_refused(run("--resume", folder, "--total-timesteps", 200), "returns.csv")
+
+
+@pytest.mark.parametrize("bad", ["Reward", "Observation"])
+def test_nan_from_the_environment_stops_the_run_and_keeps_the_checkpoint(run, tmp_path, bad):
+    flags = ["--env-id", f"tiny_envs:Bad{bad}-v0", "--total-timesteps", 100, "--random-steps", 20, *SMALL]
+    assert_refused(run(*flags, "--save-every", 30), "step 60", bad.lower(), "checkpoint of step")
+    assert 30 <= checkpoint(the_run(tmp_path))["step"] < 60
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_diverging_loss_is_named_and_never_saved(script, tmp_path, monkeypatch, capsys, value):
+    monkeypatch.chdir(tmp_path)
+    argv = ["x", *PENDULUM, "--total-timesteps", "400", "--save-every", "120"]
+    monkeypatch.setattr("sys.argv", argv)
+    calls, loss = [], script.critic_loss
+
+    def diverging_loss(*args):
+        calls.append(1)
+        value_, q = loss(*args)
+        return (value_ * float(value), q) if len(calls) == 137 else (value_, q)
+
+    monkeypatch.setattr(script, "critic_loss", diverging_loss)
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    assert error.value.code == 2
+    stderr = capsys.readouterr().err
+    # A NaN weight shows first in the next action, an infinite loss may leave the weights finite for a moment.
+    assert "step 237: " in stderr and "NaN or infinite" in stderr and "checkpoint of step" in stderr
+    assert 120 <= checkpoint(the_run(tmp_path))["step"] < 237
+
+
+def test_full_disk_while_saving(run, tmp_path):
+    """A limit on file sizes stands for the full disk; the buffer's growth hits it."""
+    flags = [*PENDULUM, "--total-timesteps", 4000, "--random-steps", 3900, "--save-every", 300]
+    limit = 130_000
+    done = run(*flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert_refused(done, "could not write", "the checkpoint of step", "is kept", "--resume")
+    folder = the_run(tmp_path)
+    assert not (folder / "checkpoint.pt.tmp").exists()
+    step = checkpoint(folder)["step"]
+    assert f"the checkpoint of step {step} is kept" in done.stderr
+    assert run("--resume", folder, "--total-timesteps", step + 10).returncode == 0
+
+
+# --- learning ---
+
+
+def test_learns_to_reach(run, tmp_path):
+    """Reach-v0 is a bandit with unequal bounds: random actions earn -4, the zero action -0.67, the best 0."""
+    flags = "--env-id tiny_envs:Reach-v0 --total-timesteps 2500 --random-steps 500 --actor-delay 1".split()
+    done = run(*flags, *SMALL, "--critic-dim", 64, "--batch-size", 64)
+    assert done.returncode == 0, done.stderr
+    deterministic = float(done.stdout.split("deterministic: return")[1].split()[0])
+    assert deterministic > -0.1

@@ -1,0 +1,150 @@
+"""What surrounds the flow: BatchRenorm, replay buffer, losses, alpha."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+
+def reference_renorm(x, norm, mean, var):
+    """Batch renormalisation as its paper writes it, one step after the other; returns y and the new statistics."""
+    batch_mean, batch_std = x.mean(0), (x.var(0, unbiased=False) + norm.eps).sqrt()
+    running_std = (var + norm.eps).sqrt()
+    r, d = torch.ones_like(mean), torch.zeros_like(mean)
+    if norm.batches >= norm.warmup:
+        r = (batch_std / running_std).clamp(1 / 3, 3).detach()
+        d = ((batch_mean - mean) / running_std).clamp(-5, 5).detach()
+    y = ((x - batch_mean) / batch_std * r + d) * norm.weight + norm.bias
+    new_mean = 0.99 * mean + 0.01 * batch_mean.detach()
+    return y, new_mean, 0.99 * var + 0.01 * x.var(0, unbiased=False).detach()
+
+
+@pytest.mark.parametrize("shift", [0.3, 30.0])  # the second clips r and d
+@pytest.mark.parametrize("warmup", [0, 100])
+def test_batch_renorm_matches_a_straightforward_reference(script, warmup, shift):
+    norm = script.BatchRenorm(6, warmup=warmup).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    for _ in range(3):
+        x = (shift + shift * torch.randn(32, 6)).double().requires_grad_()
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        expected, mean, var = reference_renorm(x, norm, mean, var)
+        weights = torch.randn(32, 6).double()
+        expected_gradient = torch.autograd.grad((expected * weights).sum(), [x, norm.weight, norm.bias])
+        y = norm(x)
+        torch.testing.assert_close(y, expected)
+        gradient = torch.autograd.grad((y * weights).sum(), [x, norm.weight, norm.bias])
+        torch.testing.assert_close(gradient, expected_gradient)
+        torch.testing.assert_close((norm.running_mean, norm.running_var), (mean, var))
+    norm.eval()
+    expected = (x - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close((norm.running_mean, norm.running_var), (mean, var))  # evaluation changes nothing
+
+
+def test_batch_renorm_switches_after_its_warmup(script):
+    norm = script.BatchRenorm(4, warmup=2)
+    x = 5 + torch.randn(64, 4)
+    means = [norm(x).mean().item() for _ in range(3)]
+    assert abs(means[0]) < 1e-5 and abs(means[1]) < 1e-5  # batch norm: zero mean
+    assert means[2] > 3  # renorm: relative to the running mean, still near 0
+
+
+def test_batch_renorm_is_batch_norm_while_r_is_1_and_d_is_0(script):
+    norm, reference = script.BatchRenorm(6), nn.BatchNorm1d(6, eps=1e-3, momentum=0.01)
+    for _ in range(5):
+        x = 3 + 2 * torch.randn(32, 6)
+        torch.testing.assert_close(norm(x), reference(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_mean, reference.running_mean)
+    reference.running_var.copy_(norm.running_var)  # PyTorch's running variance is the unbiased one
+    torch.testing.assert_close(norm.eval()(x), reference.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_replay_buffer_wraps_around(script):
+    buffer = script.ReplayBuffer(8, 2, 3, torch.device("cpu"))
+    for i in range(1, 14):
+        buffer.add(np.full(2, i), np.full(3, 10 * i), 100 * i, i % 2 == 0, np.full(2, i + 1))
+        assert len(buffer) == min(i, 8)
+    obs, action, reward, terminated, next_obs = buffer.sample(1000)
+    assert obs.shape == next_obs.shape == (1000, 2) and action.shape == (1000, 3)
+    assert reward.shape == terminated.shape == (1000,)
+    assert set(obs[:, 0].tolist()) == set(range(6, 14))  # the last 8 and all of them
+    assert torch.equal(action[:, 2], 10 * obs[:, 0]) and torch.equal(reward, 100 * obs[:, 0])
+    assert torch.equal(terminated, (obs[:, 0] % 2 == 0).float()) and torch.equal(next_obs, obs + 1)
+    assert buffer.last_actions(7)[:, 0].tolist() == [10.0 * i for i in range(7, 14)]  # oldest first, over the seam
+    assert buffer.last_obs().tolist() == [14, 14]
+
+
+@pytest.mark.parametrize("entropy, direction", [(3.0, -1), (-3.0, 1)])
+def test_alpha_moves_the_entropy_towards_its_target(script, entropy, direction):
+    log_alpha = nn.Parameter(torch.tensor(-2.0))
+    optimizer = torch.optim.Adam([log_alpha], lr=1e-2)
+    for target in (0.0, -2.0, 2.0):  # below and above, whatever the target
+        before = log_alpha.item()
+        loss = script.alpha_loss(log_alpha, torch.tensor(-(target + entropy)), target)
+        optimizer = torch.optim.Adam([log_alpha], lr=1e-2)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert direction * (log_alpha.item() - before) > 0  # too little entropy raises alpha, too much lowers it
+
+
+class FixedPolicy(nn.Module):
+    """Stands for an actor: action and log_prob are functions of the observation that are known."""
+
+    def rollout(self, obs, noise, probe=None):
+        return obs[:, :1], 10 * obs[:, 0], None
+
+
+class Table(nn.Module):
+    """Stands for a critic: Q(s, a) = scale * (s + a)."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, obs, action):
+        return self.scale * (obs[:, 0] + action[:, 0])
+
+
+@pytest.mark.parametrize("crossq", [True, False])
+def test_critic_loss_bootstraps_truncated_but_not_terminated_transitions(script, crossq):
+    critics, targets = nn.ModuleList([Table(1.0), Table(2.0)]), nn.ModuleList([Table(3.0), Table(4.0)])
+    obs, next_obs = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [2.0]])
+    batch = [obs, torch.zeros(2, 1), torch.tensor([5.0, 5.0]), torch.tensor([0.0, 1.0]), next_obs]
+    loss, q = script.critic_loss(FixedPolicy(), critics, None if crossq else targets, batch, None, 0.1, 0.9)
+    next_q = (1.0 if crossq else 3.0) * 4  # the smaller of both critics at s' = a' = 2
+    y = torch.tensor([5 + 0.9 * (next_q - 0.1 * 20), 5.0])
+    expected = sum(((scale * 1 - y) ** 2 / 2).mean() for scale in (1.0, 2.0))
+    torch.testing.assert_close(loss, expected)
+    assert q == 1.5
+    loss.backward()
+    expected = ((1.0 - y) * 1).mean()  # through Q(s, a) alone, not through the target
+    torch.testing.assert_close(critics[0].scale.grad, expected)
+
+
+def test_crossq_forward_is_joint(script):
+    """The critics' statistics are those of (s, a) and (s', a') together, and are updated once per update."""
+    renorm = script.BatchRenorm
+    critics = nn.ModuleList(script.Critic(2, 1, 8, renorm) for _ in range(2))
+    actor = script.Actor(2, [-1.0], [1.0], renorm=renorm).eval()
+    batch = [torch.randn(64, 2), torch.rand(64, 1), torch.zeros(64), torch.zeros(64), 5 + torch.randn(64, 2)]
+    script.critic_loss(actor, critics, None, batch, torch.randn(5, 64, 1), 0.1, 0.99)
+    first = critics[0].net[0]
+    expected = 0.01 * torch.cat([batch[0], batch[4]]).mean(0)
+    torch.testing.assert_close(first.running_mean[:2], expected)
+    assert first.batches == 1 and actor.norm.batches == 0
+
+
+def test_actor_loss_flows_through_every_step(script):
+    actor, critics = script.Actor(2, [-1.0], [1.0]), nn.ModuleList(script.Critic(2, 1, 8) for _ in range(2))
+    obs, noise = torch.randn(16, 2), torch.randn(5, 16, 1)
+    loss, log_prob = script.actor_loss(actor, critics, obs, noise, 0.1)
+    action, expected_log_prob, _ = actor.rollout(obs, noise)
+    q = torch.minimum(critics[0](obs, action), critics[1](obs, action))
+    torch.testing.assert_close(loss, (0.1 * expected_log_prob - q).mean())
+    torch.testing.assert_close(log_prob, expected_log_prob.mean())
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in actor.named_parameters() if "query" not in n and "key" not in n)
+    norms = script.gradient_norms(actor, critics, obs, noise, 0.1)
+    assert norms.shape == (5,) and (norms > 0).all()
