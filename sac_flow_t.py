@@ -130,7 +130,7 @@ class Args:
 
 def fail(message: str) -> NoReturn:
     """Stop with one line on standard error and exit code 2."""
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
+    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
     raise SystemExit(2)
 
 
@@ -510,8 +510,8 @@ def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
     return env
 
 
-def record_video(env: gym.Env, folder: Path, prefix: str, every_episode: bool) -> gym.Env:
-    """Wrap `env`, made with render_mode="rgb_array", so that episodes are written to `folder` as MP4."""
+def check_video(env: gym.Env) -> None:
+    """Refuse --capture-video where it cannot work; `env` is made with render_mode="rgb_array"."""
     try:
         import moviepy  # noqa: F401
     except ImportError:
@@ -521,8 +521,6 @@ def record_video(env: gym.Env, folder: Path, prefix: str, every_episode: bool) -
         env.render()
     except Exception as error:
         fail(f"--capture-video: cannot render here ({error}); without a display set MUJOCO_GL=egl or osmesa")
-    trigger = (lambda episode: True) if every_episode else None
-    return gym.wrappers.RecordVideo(env, str(folder), episode_trigger=trigger, name_prefix=prefix, disable_logger=True)
 
 
 def play(actor: Actor, env: gym.Env, episodes: int, deterministic: bool, seed: int) -> list[float]:
@@ -566,6 +564,7 @@ def find_compiler(device: torch.device):
     """torch.compile if it works on this machine, else the identity and a note."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        print("the first update compiles the losses, for up to a minute", file=sys.stderr)
         return lambda function: torch.compile(function, dynamic=False)
     except Exception:
         print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
@@ -591,9 +590,8 @@ def main() -> None:
     if not (args.resume or args.evaluate):
         run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
     if args.capture_video:
-        prefix = "evaluation" if args.evaluate else f"from-step-{checkpoint['step'] if checkpoint else 0}"
-        env = record_video(env, run / "videos", prefix, every_episode=bool(args.evaluate))
-    compile = find_compiler(device) if args.compile and not args.evaluate else lambda function: function
+        check_video(env)
+    videos = partial(gym.wrappers.RecordVideo, video_folder=str(run / "videos"), disable_logger=True)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -611,6 +609,8 @@ def main() -> None:
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
         print(f"{run} at step {checkpoint['step']}")
+        if args.capture_video:
+            env = videos(env, name_prefix="evaluation", episode_trigger=lambda episode: True)
         evaluate(actor, env, args.seed)
         env.close()
         return
@@ -631,17 +631,14 @@ def main() -> None:
         "actor": actor, "critics": critics, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer,
         "alpha_optimizer": alpha_optimizer, **({"targets": targets} if targets else {}),
     }  # fmt: skip
-    policy = compile(lambda obs, noise: actor.rollout(obs, noise)[0])
-    critic_loss_, actor_loss_ = compile(critic_loss), compile(actor_loss)
+    jit = find_compiler(device) if args.compile else lambda function: function
+    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+    critic_loss_, actor_loss_ = jit(critic_loss), jit(actor_loss)
 
     def noise(batch: int) -> torch.Tensor:
         return torch.randn(args.flow_steps + 1, batch, action_dim, device=device)
 
-    env.reset(seed=args.seed)
-    env.action_space.seed(args.seed)
-    env_random, space_random = env.unwrapped.np_random.bit_generator, env.action_space.np_random.bit_generator
     step, updates, seconds, saved_step, csv_length = 0, 0, 0.0, 0, 0
-    replayed = np.empty((0, action_dim), dtype=np.float32)
     if checkpoint:
         for name, part in learned.items():
             part.load_state_dict(checkpoint[name])
@@ -652,12 +649,14 @@ def main() -> None:
         saved_step, csv_length = step, checkpoint["csv_length"]
         if not (run / "returns.csv").is_file() or (run / "returns.csv").stat().st_size < csv_length:
             fail(f"{run / 'returns.csv'} is shorter than when the checkpoint was saved: restore it from a copy")
-        replayed = buffer.last_actions(checkpoint["episode_length"])
-        set_random_states(checkpoint["random"])
-        env_random.state, space_random.state = checkpoint["env_random"], checkpoint["space_random"]
 
-    run.mkdir(parents=True, exist_ok=bool(checkpoint))
-    (run / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    try:
+        run.mkdir(parents=True, exist_ok=bool(checkpoint))
+        (run / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    except OSError as error:
+        fail(f"cannot write to {run}: {error.strerror}")
+    if args.capture_video:
+        env = videos(env, name_prefix=f"from-step-{step}")
     if args.track:
         wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
@@ -671,8 +670,10 @@ def main() -> None:
 
     def save() -> None:
         """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
+        nonlocal saved_step
         csv_file.flush()
         os.fsync(csv_file.fileno())
+        mean_losses()
         for name in ("actor", "critics"):
             for parameter, value in learned[name].state_dict().items():
                 if not value.isfinite().all():
@@ -685,19 +686,30 @@ def main() -> None:
             env_random=episode_random, episode_length=episode_length,
         )  # fmt: skip
         save_checkpoint(run, state)
+        saved_step = step
+
+    def kept() -> str:
+        return f"the checkpoint of step {saved_step} is kept: --resume {run}" if saved_step else "no checkpoint yet"
 
     def diverged(step: int, name: str) -> NoReturn:
-        kept = f"the checkpoint of step {saved_step} is kept in {run}" if saved_step else "no checkpoint was saved yet"
-        fail(f"step {step}: {name} is NaN or infinite; stopped, {kept}")
+        fail(f"step {step}: {name} is NaN or infinite; {kept()}")
 
     def mean_losses() -> torch.Tensor:
         """Means of the losses since the last call, after a check of each (the only host synchronisation of updates)."""
-        rows = torch.stack(history).cpu()
+        rows = torch.stack(history).cpu() if history else torch.zeros(1, len(LOSSES))
         for row, column in (~rows.isfinite()).nonzero().tolist():
             diverged(step - len(rows) + 1 + row, LOSSES[column])
         history.clear()
         return rows.mean(0)
 
+    env.reset(seed=args.seed)
+    env.action_space.seed(args.seed)
+    env_random, space_random = env.unwrapped.np_random.bit_generator, env.action_space.np_random.bit_generator
+    replayed = []
+    if checkpoint:
+        set_random_states(checkpoint["random"])
+        env_random.state, space_random.state = checkpoint["env_random"], checkpoint["space_random"]
+        replayed = buffer.last_actions(min(checkpoint["episode_length"], len(buffer)))
     # An episode that was interrupted is replayed from its start: the same resets and actions lead to the same state.
     episode_random, episode_return, episode_length = env_random.state, 0.0, len(replayed)
     obs = to_obs(env.reset()[0])
@@ -771,7 +783,7 @@ def main() -> None:
                     recent = f"{np.mean(last_returns):.0f}" if last_returns else "-"
                     bar.set_postfix({"return": recent, "alpha": f"{means[4]:.3g}"}, refresh=False)
 
-            if done := terminated or truncated:
+            if terminated or truncated:
                 elapsed = seconds + time.time() - start
                 writer.add_scalar("charts/episodic_return", episode_return, step)
                 writer.add_scalar("charts/episodic_length", episode_length, step)
@@ -779,16 +791,12 @@ def main() -> None:
                 csv_file.flush()
                 last_returns.append(episode_return)
                 episode_random, episode_return, episode_length = env_random.state, 0.0, 0
-            if (done and step - saved_step >= args.save_every) or step == args.total_timesteps or signals:
-                if history:
-                    mean_losses()
-                save()
-                saved_step = step
-            if done:
+                if step - saved_step >= args.save_every:
+                    save()
                 obs = to_obs(env.reset()[0])
+        save()
     except OSError as error:
-        kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "no checkpoint was saved yet"
-        fail(f"step {step}: {error}; {kept}. Make room, then --resume {run}")
+        fail(f"step {step}: {error}; {kept()}")
     finally:
         bar.close()
         env.close()

@@ -22,10 +22,10 @@ class Scripted(gym.Env):
     def step(self, action):
         assert self.action_space.contains(action), action
         self.t, self.steps = self.t + 1, self.steps + 1
-        nan = np.nan if self.steps == self.bad_step else 0.0
-        obs = np.array([self.episode, self.t, 7 + nan * (self.bad == "observation")])
+        bad = self.bad if self.steps == self.bad_step else ""
+        obs = np.array([self.episode, self.t, np.nan if bad == "observation" else 7.0])
         terminated, truncated = self.episode % 2 == 0 and self.t == 5, self.t == 7
-        return obs, self.t + nan * (self.bad == "reward"), terminated, truncated, {}
+        return obs, np.nan if bad == "reward" else self.t, terminated, truncated, {}
 
 
 class Reach(gym.Env):
