@@ -57,6 +57,8 @@ LOSSES = ("qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy"
 
 @dataclass
 class Args:
+    """Flags of the command line; `alpha_lr` is --alpha-lr."""
+
     # What to run
     env_id: str = "Hopper-v4"
     """Gymnasium id with 1-D Box observations and bounded Box actions; `my_package:MyEnv-v0` imports my_package first"""
@@ -523,23 +525,6 @@ def check_video(env: gym.Env) -> None:
         fail(f"--capture-video: cannot render here ({error}); without a display set MUJOCO_GL=egl or osmesa")
 
 
-def play(actor: Actor, env: gym.Env, episodes: int, deterministic: bool, seed: int) -> list[float]:
-    """Returns of whole episodes; episode i starts from env.reset(seed=seed + i)."""
-    actor.eval()
-    returns = []
-    for i in range(episodes):
-        obs, _ = env.reset(seed=seed + i)
-        total, done = 0.0, False
-        while not done:
-            with torch.no_grad():
-                obs = torch.as_tensor(obs, dtype=torch.float32, device=actor.scale.device)[None]
-                action = actor.act(obs, deterministic)[0].cpu().numpy()
-            obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
-            total, done = total + float(reward), terminated or truncated
-        returns.append(total)
-    return returns
-
-
 def to_obs(obs) -> np.ndarray:
     """An environment's observation as float32, the type in which it is stored and fed to the networks."""
     return np.asarray(obs, dtype=np.float32)
@@ -551,12 +536,22 @@ def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
 
 
 def evaluate(actor: Actor, env: gym.Env, seed: int) -> dict[str, float]:
-    """Print and return the mean returns of 10 deterministic and 10 stochastic episodes."""
+    """Print and return the mean returns of 10 deterministic and 10 stochastic episodes, reset with seed + 0..9."""
+    actor.eval()
     means = {}
     for kind in ("deterministic", "stochastic"):
-        returns = play(actor, env, 10, kind == "deterministic", seed)
-        means[f"eval/{kind}_return"] = float(np.mean(returns))
-        print(f"{kind}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
+        returns = np.zeros(10)
+        for i in range(len(returns)):
+            obs, done = env.reset(seed=seed + i)[0], False
+            while not done:
+                obs = torch.from_numpy(to_obs(obs)).to(actor.scale.device)[None]
+                with torch.no_grad():
+                    action = actor.act(obs, deterministic=kind == "deterministic")[0].cpu().numpy()
+                obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
+                returns[i] += float(reward)
+                done = terminated or truncated
+        means[f"eval/{kind}_return"] = float(returns.mean())
+        print(f"{kind}: return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     return means
 
 
@@ -800,6 +795,8 @@ def main() -> None:
     finally:
         bar.close()
         env.close()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
     if signals:
         print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")

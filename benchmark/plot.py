@@ -23,31 +23,29 @@ except ImportError:
 WINDOW = 10_000  # steps over which returns are averaged
 
 
-def smoothed(path: Path, grid: np.ndarray) -> np.ndarray:
+def smoothed(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """Mean return of the episodes that ended in the WINDOW steps before each step of `grid`; NaN where none did."""
-    rows = [(float(row["step"]), float(row["return"])) for row in csv.DictReader(open(path))]
-    steps, returns = np.array(rows).T
     inside = [(steps > step - WINDOW) & (steps <= step) for step in grid]
     return np.array([returns[mask].mean() if mask.any() else np.nan for mask in inside])
 
 
 def main() -> None:
     """Draw the folder named on the command line."""
-    if len(sys.argv) != 2 or not list(Path(sys.argv[1]).glob("*_seed*.csv")):
-        sys.exit("plot.py: error: name one folder that holds <script>_seed<n>.csv files")
-    folder = Path(sys.argv[1])
-    curves = defaultdict(dict)
+    folder = Path(sys.argv[1] if len(sys.argv) == 2 else "")
+    curves = defaultdict(dict)  # script -> seed -> (steps, returns)
     for path in sorted(folder.glob("*_seed*.csv")):
         script, seed = path.stem.split("_seed")
-        curves[script][int(seed)] = path
-    last = max(int(row["step"]) for runs in curves.values() for path in runs.values() for row in csv.DictReader(open(path)))
-    grid = np.arange(WINDOW, last + WINDOW, 2_500)
-    grid = grid[grid <= np.ceil(last / 10_000) * 10_000]
+        rows = [(float(row["step"]), float(row["return"])) for row in csv.DictReader(open(path))]
+        curves[script][int(seed)] = np.array(rows).T
+    if not curves:
+        sys.exit("plot.py: error: name one folder that holds <script>_seed<n>.csv files")
+    last = max(steps[-1] for runs in curves.values() for steps, _ in runs.values())
+    grid = np.arange(WINDOW, WINDOW * np.ceil(last / WINDOW) + 1, WINDOW / 4)
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     print(f"| script | {' | '.join(f'seed {seed}' for seed in next(iter(curves.values())))} | mean |")
     for color, (script, runs) in zip(("tab:blue", "tab:orange", "tab:green", "tab:red"), curves.items(), strict=False):
-        values = np.array([smoothed(path, grid) for path in runs.values()])
+        values = np.array([smoothed(steps, returns, grid) for steps, returns in runs.values()])
         axes.plot(grid, values.T, color=color, alpha=0.3, linewidth=0.8)
         axes.plot(grid, values.mean(0), color=color, linewidth=2, label=f"{script} (mean of {len(runs)} seeds)")
         finals = " | ".join(f"{value:.0f}" for value in values[:, -1])
