@@ -2,8 +2,8 @@
 
 An action is made by K Euler steps of a velocity network, and gradients of the critic run back through all of
 them. That loop is a residual RNN over the flow time and inherits the RNN's exploding gradients. Flow-G cures them
-the way the GRU did: the velocity is gated, so that each step is a convex mix of the old action and a candidate.
-Paper: "SAC Flow", arXiv 2509.25756 (section and equation names below are those of the README's argument).
+the way the GRU did: the velocity is gated, so that a noise-free step is a mix of the old action and a candidate.
+Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
 
     python sac_flow_g.py --env-id Hopper-v4
     python sac_flow_g.py --resume runs/<name>
@@ -74,7 +74,7 @@ class Args:
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 50_000
-    """steps between checkpoints; each is saved at the next end of an episode"""
+    """steps between checkpoints; each is saved at the next end of an episode, and one at the end of the run"""
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
@@ -112,14 +112,14 @@ class Args:
     tau: float = 0.005
     """with --no-crossq: step of the target networks' moving average"""
     renorm_warmup: int = 100_000
-    """updates for which BatchRenorm is plain batch normalisation"""
+    """training batches for which a BatchRenorm is plain batch normalisation (the actor's sees one per actor update)"""
 
     # Flow policy
     flow_steps: int = 4
     """K, Euler steps from noise to action"""
     drift_correction: bool = True
     """add the score term that keeps the noisy rollout's marginals those of the noise-free flow"""
-    noise_dim: int = 256
+    sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
     velocity_dim: int = 256
     """width of the hidden layer of gate and candidate"""
@@ -153,6 +153,10 @@ class ReplayBuffer:
         index = torch.randint(len(self), (batch_size,), device=self.rows.device)
         obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, dim=1)
         return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
+
+    def filled(self) -> torch.Tensor:
+        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
+        return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
 
     def last_actions(self, n: int) -> np.ndarray:
         """The last n actions added, oldest first, (n, D)."""
@@ -231,10 +235,10 @@ class TimeEmbedding(nn.Module):
 
 
 class Velocity(nn.Module):
-    """Flow-G: v = g * (vhat - a), gate g = sigmoid(z(t, a, s)), candidate vhat(t, a, s). Paper section 4, "Flow-G".
+    """Flow-G: v = g * (vhat - a), gate g = sigmoid(z(t, a, s)), candidate vhat(t, a, s).
 
-    An Euler step is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. Gate and candidate are MLPs
-    with one hidden layer. The gate starts at g = sigmoid(5) = 0.993 everywhere, so the rollout starts contractive.
+    An Euler step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. Gate and candidate
+    are MLPs with one hidden layer. The gate starts at sigmoid(5) = 0.993 everywhere: the rollout starts contractive.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int = 256):
@@ -261,7 +265,7 @@ class Velocity(nn.Module):
 
 
 class Actor(nn.Module):
-    """Flow policy: K noisy Euler steps of a velocity network, then tanh to the action bounds. Paper section 4.
+    """Flow policy: K noisy Euler steps of a velocity network, then tanh to the action bounds.
 
     Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
     bounds, `renorm` is a factory dim -> module that normalises observations, `velocity` holds the sizes of `Velocity`.
@@ -269,17 +273,17 @@ class Actor(nn.Module):
 
     def __init__(
         self, obs_dim: int, action_low, action_high, *, flow_steps: int = 4, drift_correction: bool = True,
-        noise_dim: int = 256, renorm=lambda dim: nn.Identity(), **velocity,
+        sigma_dim: int = 256, renorm=lambda dim: nn.Identity(), **velocity,
     ):  # fmt: skip
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
         self.flow_steps, self.drift_correction, self.action_dim = flow_steps, drift_correction, len(low)
         self.norm = renorm(obs_dim)
         self.velocity_net = Velocity(obs_dim, self.action_dim, **velocity)
-        self.noise_net = nn.Sequential(
-            nn.Linear(obs_dim, noise_dim), nn.ReLU(),
-            nn.Linear(noise_dim, noise_dim), nn.ReLU(),
-            nn.Linear(noise_dim, self.action_dim),
+        self.sigma_net = nn.Sequential(
+            nn.Linear(obs_dim, sigma_dim), nn.ReLU(),
+            nn.Linear(sigma_dim, sigma_dim), nn.ReLU(),
+            nn.Linear(sigma_dim, self.action_dim),
         )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
@@ -297,7 +301,7 @@ class Actor(nn.Module):
         """
         obs = self.norm(obs)
         memory = self.velocity_net.encode(obs)
-        log_std = -1.5 + 3.5 * torch.tanh(self.noise_net(obs))  # (B, D) in [-5, 2], shared by the K steps
+        log_std = -1.5 + 3.5 * torch.tanh(self.sigma_net(obs))  # (B, D) in [-5, 2], shared by the K steps
         std, dt = log_std.exp(), 1 / self.flow_steps
         a = noise[0] if probe is None else noise[0] + probe[0]
         path = [a]
@@ -355,6 +359,13 @@ def alpha_loss(log_alpha, log_prob, target_entropy):
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 
+def descend(optimizer, loss) -> None:
+    """One step of `optimizer` on `loss`."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def gradient_norms(actor, critics, obs, noise, alpha):
     """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible."""
     probe = torch.zeros_like(noise, requires_grad=True)
@@ -370,7 +381,8 @@ def load_checkpoint(folder: str) -> dict:
     if not path.is_file():
         fail(f"no checkpoint at {path}: name the folder of a run that has saved one, such as runs/<name>")
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load would not notice a flipped bit
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load would not notice a flipped bit
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         state = None
@@ -398,21 +410,23 @@ def save_checkpoint(folder: Path, state: dict) -> None:
         raise OSError(f"could not write {folder / 'checkpoint.pt'} ({error})") from error
 
 
-def random_states() -> dict:
+def random_states(device: torch.device) -> dict:
     """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
     name, key, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
 
 
-def set_random_states(states: dict) -> None:
-    """Undo `random_states`. States of GPUs that this machine lacks are left out."""
+def set_random_states(states: dict, device: torch.device) -> None:
+    """Undo `random_states`, with a note if the run was saved on another kind of device."""
     random.setstate(states["python"])
     name, key, *rest = states["numpy"]
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if (states["cuda"] is not None) != (device.type == "cuda"):
+        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+    elif states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def parse_args() -> tuple[Args, Optional[dict]]:
@@ -440,7 +454,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     for field in fields(Args):
         value = getattr(args, field.name)
         if field.name in ("seed", "random_steps", "renorm_warmup"):
-            check(value >= 0, field.name, "0 or more")
+            check(0 <= value < 2**32, field.name, "0 or more, and below 2^32")
         elif type(value) is int:
             check(value >= 1, field.name, "1 or more")
         elif field.name.endswith("_lr") or field.name == "alpha":
@@ -459,15 +473,16 @@ def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
     """gym.make with one-line errors for environments that do not exist or that this script cannot control."""
     warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the paper reports
     try:
-        env = gym.make(env_id, render_mode=render_mode)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+    except Exception as error:  # a user's environment may raise anything
+        fail(f"--env-id {env_id}: {(str(error) or type(error).__name__).splitlines()[0]}")
     obs, action = env.observation_space, env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
         fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
-    if not (np.isfinite(action.low).all() and np.isfinite(action.high).all() and (action.low < action.high).all()):
+    extent = action.high.astype(np.float32) - action.low.astype(np.float32)
+    if not (np.isfinite(extent).all() and (extent > 0).all()):
         fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
     return env
 
@@ -528,19 +543,13 @@ def find_compiler(device: torch.device):
 
 def main() -> None:
     args, checkpoint = parse_args()
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs wandb: pip install -r benchmark/requirements.txt")
     device = torch.device("cuda" if args.cuda else "cpu")
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     if args.capture_video and headless:
         os.environ.setdefault("MUJOCO_GL", "egl")
     render_mode = "rgb_array" if args.capture_video else "human" if args.evaluate and not headless else None
     env = make_env(args.env_id, render_mode)
-    obs_dim, action_low = env.observation_space.shape[0], env.action_space.low.ravel().astype(np.float32)
-    action_high = env.action_space.high.ravel().astype(np.float32)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
     run = Path(args.resume or args.evaluate or "runs")
     if not (args.resume or args.evaluate):
         run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
@@ -553,14 +562,16 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     renorm = partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
-    velocity = {name.removeprefix("velocity_"): size for name, size in vars(args).items() if "velocity_" in name}
+    velocity = {name[len("velocity_") :]: size for name, size in vars(args).items() if name.startswith("velocity_")}
     try:
         actor = Actor(
-            obs_dim, action_low, action_high, flow_steps=args.flow_steps, drift_correction=args.drift_correction,
-            noise_dim=args.noise_dim, renorm=renorm, **velocity,
+            obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel(), flow_steps=args.flow_steps,
+            drift_correction=args.drift_correction, sigma_dim=args.sigma_dim, renorm=renorm, **velocity,
         ).to(device)  # fmt: skip
-    except ValueError as error:  # sizes that do not fit together
-        fail(str(error))
+        critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm) for _ in range(2)).to(device)
+        buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
+        fail(f"{str(error).splitlines()[0]} (sizes: --buffer-size, --critic-dim, --sigma-dim, --velocity-dim)")
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
         print(f"{run} at step {checkpoint['step']}")
@@ -570,18 +581,12 @@ def main() -> None:
         env.close()
         return
 
-    action_dim = len(action_low)
-    critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm) for _ in range(2)).to(device)
     targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
     log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
     adam = partial(torch.optim.Adam, betas=(args.adam_b1, 0.999), fused=True)
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    try:
-        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    except RuntimeError as error:
-        fail(f"--buffer-size {args.buffer_size} does not fit into memory: {str(error).splitlines()[0]}")
     learned = {
         "actor": actor, "critics": critics, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer,
         "alpha_optimizer": alpha_optimizer, **({"targets": targets} if targets else {}),
@@ -598,30 +603,59 @@ def main() -> None:
         for name, part in learned.items():
             part.load_state_dict(checkpoint[name])
         log_alpha.data.copy_(checkpoint["log_alpha"])
-        buffer.rows[: len(checkpoint["buffer"])].copy_(checkpoint["buffer"])
+        rows = checkpoint.pop("buffer")
+        buffer.rows[: len(rows)].copy_(rows)
+        del rows  # as large as the buffer
         buffer.added = checkpoint["buffer_added"]
         step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
         saved_step, csv_length = step, checkpoint["csv_length"]
         if not (run / "returns.csv").is_file() or (run / "returns.csv").stat().st_size < csv_length:
             fail(f"{run / 'returns.csv'} is shorter than when the checkpoint was saved: restore it from a copy")
 
+    if args.track:
+        try:
+            import wandb
+
+            wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        except ImportError:
+            fail("--track needs wandb: pip install -r benchmark/requirements.txt")
+        except Exception as error:
+            fail(f"--track: {(str(error) or type(error).__name__).splitlines()[0]}")
     try:
         run.mkdir(parents=True, exist_ok=bool(checkpoint))
         (run / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
+        csv_file = open(run / "returns.csv", "r+" if checkpoint else "w", newline="")
+        csv_file.truncate(csv_length)
     except OSError as error:
         fail(f"cannot write to {run}: {error.strerror}")
-    if args.capture_video:
-        env = videos(env, name_prefix=f"from-step-{step}")
-    if args.track:
-        wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
     writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    csv_file = open(run / "returns.csv", "r+" if checkpoint else "w", newline="")
-    csv_file.truncate(csv_length)
     csv_file.seek(csv_length)
     returns_csv = csv.writer(csv_file, lineterminator="\n")
     if not checkpoint:
         returns_csv.writerow(["step", "return", "length", "seconds"])
+
+    env.reset(seed=args.seed)
+    env.action_space.seed(args.seed)
+    env_random, space_random = env.unwrapped.np_random.bit_generator, env.action_space.np_random.bit_generator
+    if args.capture_video:
+        env = videos(env, name_prefix=f"from-step-{step}")
+    episode_return, episode_length = 0.0, 0
+    if checkpoint:
+        set_random_states(checkpoint["random"], device)
+        env_random.state, space_random.state = checkpoint["env_random"], checkpoint["space_random"]
+        episode_length = checkpoint["episode_length"]
+    episode_random = env_random.state  # before the reset: where this episode can be replayed from
+    obs = to_obs(env.reset()[0])
+    if episode_length:  # the run stopped in an episode: the same reset and actions lead back to the same state
+        for action in buffer.last_actions(min(episode_length, len(buffer))):
+            next_obs, reward, *_ = env.step(to_action(action, env.action_space))
+            obs, episode_return = to_obs(next_obs), episode_return + float(reward)
+        if episode_length > len(buffer) or not np.array_equal(obs, buffer.last_obs()):
+            print("note: the interrupted episode could not be replayed; starting a new one", file=sys.stderr)
+            episode_random, episode_return, episode_length = env_random.state, 0.0, 0
+            obs = to_obs(env.reset()[0])
+    history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
 
     def save() -> None:
         """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
@@ -635,9 +669,9 @@ def main() -> None:
                     diverged(step, f"{name}.{parameter}")
         state = {name: part.state_dict() for name, part in learned.items()}
         state.update(
-            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), buffer=buffer.rows[: len(buffer)].clone(),
+            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), buffer=buffer.filled(),
             buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start,
-            csv_length=csv_file.tell(), random=random_states(), space_random=space_random.state,
+            csv_length=csv_file.tell(), random=random_states(device), space_random=space_random.state,
             env_random=episode_random, episode_length=episode_length,
         )  # fmt: skip
         save_checkpoint(run, state)
@@ -650,35 +684,20 @@ def main() -> None:
         fail(f"step {step}: {name} is NaN or infinite; {kept()}")
 
     def mean_losses() -> torch.Tensor:
-        """Means of the losses since the last call, after a check of each (the only host synchronisation of updates)."""
+        """Means of the losses since the last call, after a check of each: the updates wait for the host only here."""
         rows = torch.stack(history).cpu() if history else torch.zeros(1, len(LOSSES))
         for row, column in (~rows.isfinite()).nonzero().tolist():
             diverged(step - len(rows) + 1 + row, LOSSES[column])
         history.clear()
         return rows.mean(0)
 
-    env.reset(seed=args.seed)
-    env.action_space.seed(args.seed)
-    env_random, space_random = env.unwrapped.np_random.bit_generator, env.action_space.np_random.bit_generator
-    replayed = []
-    if checkpoint:
-        set_random_states(checkpoint["random"])
-        env_random.state, space_random.state = checkpoint["env_random"], checkpoint["space_random"]
-        replayed = buffer.last_actions(min(checkpoint["episode_length"], len(buffer)))
-    # An episode that was interrupted is replayed from its start: the same resets and actions lead to the same state.
-    episode_random, episode_return, episode_length = env_random.state, 0.0, len(replayed)
-    obs = to_obs(env.reset()[0])
-    for action in replayed:
-        next_obs, reward, *_ = env.step(to_action(action, env.action_space))
-        obs, episode_return = to_obs(next_obs), episode_return + float(reward)
-    if len(replayed) and not np.array_equal(obs, buffer.last_obs()):
-        print("note: the environment did not replay the interrupted episode; starting a new one", file=sys.stderr)
-        obs, episode_return, episode_length = to_obs(env.reset()[0]), 0.0, 0
+    signals = []  # Ctrl-C or a kill is acted upon at the end of the step; the same again stops at once
 
-    signals = []  # Ctrl-C or a kill is acted upon at the end of the step; a second one stops at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
-    history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     loss_pi = loss_alpha = log_prob = torch.zeros((), device=device)
     actor.eval()  # normalised by running statistics, but for its own update
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
@@ -696,7 +715,7 @@ def main() -> None:
             next_obs, reward, step = to_obs(next_obs), float(reward), step + 1
             if not math.isfinite(reward):
                 diverged(step, "reward")
-            if not np.isfinite(next_obs).all():
+            if not (np.isfinite(obs).all() and np.isfinite(next_obs).all()):  # obs may come from a reset
                 diverged(step, "observation")
             buffer.add(obs, action, reward, terminated, next_obs)  # truncation is not termination: it bootstraps
             obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
@@ -705,24 +724,20 @@ def main() -> None:
             if step > args.random_steps:
                 batch, alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
                 loss_q, q = critic_loss_(actor, critics, targets, batch, noise(args.batch_size), alpha, args.gamma)
-                critic_optimizer.zero_grad()
-                loss_q.backward()
-                critic_optimizer.step()
+                descend(critic_optimizer, loss_q)
                 if targets:
-                    torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
+                    with torch.no_grad():
+                        torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
 
                 if updates % args.actor_delay == 0:
-                    actor.train(), critics.eval()
+                    actor.train()
+                    critics.eval()
                     loss_pi, log_prob = actor_loss_(actor, critics, batch[0], noise(args.batch_size), alpha)
-                    actor_optimizer.zero_grad()
-                    loss_pi.backward()
-                    actor_optimizer.step()
+                    descend(actor_optimizer, loss_pi)  # leaves gradients in the critics, cleared before their own
                     actor.eval()
                     if args.autotune:
                         loss_alpha = alpha_loss(log_alpha, log_prob, args.target_entropy)
-                        alpha_optimizer.zero_grad()
-                        loss_alpha.backward()
-                        alpha_optimizer.step()
+                        descend(alpha_optimizer, loss_alpha)
                     if updates // args.actor_delay % 1000 == 0:
                         norms = gradient_norms(actor, critics, batch[0], noise(args.batch_size), alpha)
                         for i, norm in enumerate(norms.tolist()):
@@ -731,7 +746,8 @@ def main() -> None:
                 updates += 1
                 history.append(torch.stack([t.detach() for t in (loss_q, q, loss_pi, loss_alpha, alpha, -log_prob)]))
                 if step % 100 == 0:
-                    for name, value in zip(LOSSES, means := mean_losses().tolist(), strict=True):
+                    means = mean_losses().tolist()
+                    for name, value in zip(LOSSES, means, strict=True):
                         writer.add_scalar(f"losses/{name}", value, step)
                     sps = (step - first_step) / (time.time() - start)
                     writer.add_scalar("charts/SPS", sps, step)
@@ -755,17 +771,17 @@ def main() -> None:
     finally:
         bar.close()
         env.close()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-
-    if signals:
-        print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
         writer.close()
+        csv_file.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if step < args.total_timesteps:
+        print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
         raise SystemExit(128 + signals[0])
-    for name, value in evaluate(actor, make_env(args.env_id), args.seed).items():
-        writer.add_scalar(name, value, step)
-    writer.close()
-    csv_file.close()
+    with SummaryWriter(run) as writer:
+        for name, value in evaluate(actor, make_env(args.env_id), args.seed).items():
+            writer.add_scalar(name, value, step)
     print(f"saved in {run}")
 
 

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SCRIPTS = ["sac_flow_g", "sac_flow_t"]
-SMALL = "--critic-dim 16 --noise-dim 16 --velocity-dim 16 --batch-size 16 --no-compile --no-cuda".split()
+SMALL = "--critic-dim 16 --sigma-dim 16 --velocity-dim 16 --batch-size 16 --no-compile --no-cuda".split()
 
 
 @pytest.fixture(params=SCRIPTS)

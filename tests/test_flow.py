@@ -13,7 +13,7 @@ LOW, HIGH = [-0.4, -3.0, 0.0], [0.4, 1.0, 5.0]  # unequal bounds, one of them no
 
 def make_actor(script, k=4, double=True, **keywords):
     """An actor of 5 observations and 3 actions whose every weight is random, so that no term is 0 by its start."""
-    actor = script.Actor(5, LOW, HIGH, flow_steps=k, noise_dim=16, dim=16, **keywords)
+    actor = script.Actor(5, LOW, HIGH, flow_steps=k, sigma_dim=16, dim=16, **keywords)
     for parameter in actor.parameters():
         nn.init.normal_(parameter, std=0.3)
     return actor.double() if double else actor
@@ -50,7 +50,7 @@ def test_log_prob_is_finite_and_exact_where_tanh_saturates(script):
     _, log_prob, path = actor.rollout(obs, noise)
     assert path[-1].abs().max() > 20  # 1 - tanh^2 is 0 in floating point here
     correction = actor.scale.log() + math.log(4) - 2 * path[-1].abs()  # its limit, log(4 exp(-2 |x|))
-    log_std = -1.5 + 3.5 * torch.tanh(actor.noise_net(obs))
+    log_std = -1.5 + 3.5 * torch.tanh(actor.sigma_net(obs))
     no_squash = torch.distributions.Normal(0, 1).log_prob(noise).sum() - log_std.sum()
     torch.testing.assert_close(log_prob[0], no_squash - correction.sum(), rtol=1e-9, atol=1e-9)
 
@@ -107,8 +107,8 @@ def test_noisy_rollout_keeps_the_marginals_only_with_the_drift_correction(script
         actor = script.Actor(1, [-1.0], [1.0], flow_steps=k, drift_correction=drift_correction)
         actor.velocity_net = ExactVelocity(MEANS[:modes], STDS[:modes], weights)
         raw = math.atanh((math.log(sigma) + 1.5) / 3.5)
-        nn.init.zeros_(actor.noise_net[-1].weight)
-        nn.init.constant_(actor.noise_net[-1].bias, raw)
+        nn.init.zeros_(actor.sigma_net[-1].weight)
+        nn.init.constant_(actor.sigma_net[-1].bias, raw)
         with torch.no_grad():
             end = actor.rollout(torch.zeros(50_000, 1), torch.randn(k + 1, 50_000, 1))[2][-1]
         return float(torch.maximum((end.mean() - mean).abs(), (end.std() - std).abs()) / std)
@@ -155,7 +155,7 @@ def test_gradient_is_the_rnn_product_of_jacobians(script, drift_correction):
     readout = torch.randn(d).double()
     (gradient,) = torch.autograd.grad((path[-1] @ readout).sum(), probe)  # dL/dA_i, L = readout . A_K
 
-    std = (-1.5 + 3.5 * torch.tanh(actor.noise_net(obs)))[0].exp()
+    std = (-1.5 + 3.5 * torch.tanh(actor.sigma_net(obs)))[0].exp()
     expected = readout
     for i in reversed(range(k)):
         t = i / k
@@ -227,9 +227,9 @@ def test_flow_t_with_one_memory_token_reads_the_observation_linearly():
 
 def test_observation_is_encoded_once_per_rollout(script):
     actor, calls = make_actor(script, 8), []
-    encode, noise_net = actor.velocity_net.encode, actor.noise_net.forward
+    encode, sigma_net = actor.velocity_net.encode, actor.sigma_net.forward
     actor.velocity_net.encode = lambda obs: calls.append("memory") or encode(obs)
-    actor.noise_net.forward = lambda obs: calls.append("sigma") or noise_net(obs)
+    actor.sigma_net.forward = lambda obs: calls.append("sigma") or sigma_net(obs)
     actor.rollout(torch.randn(2, 5).double(), torch.randn(9, 2, 3).double())
     assert sorted(calls) == ["memory", "sigma"]
 

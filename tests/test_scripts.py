@@ -243,7 +243,7 @@ def assert_refused(done, *words):
         ("--flow-steps 0", "--flow-steps must be 1 or more, not 0"),
         ("--batch-size 512 --buffer-size 100", "--batch-size must be at most --buffer-size 100, not 512"),
         ("--critic-dim 0", "--critic-dim"),
-        ("--noise-dim -3", "--noise-dim"),
+        ("--sigma-dim -3", "--sigma-dim"),
         ("--velocity-dim 0", "--velocity-dim"),
         ("--total-timesteps -1", "--total-timesteps"),
         ("--buffer-size 0", "--buffer-size"),
