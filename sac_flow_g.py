@@ -591,13 +591,6 @@ def main() -> None:
         "actor": actor, "critics": critics, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer,
         "alpha_optimizer": alpha_optimizer, **({"targets": targets} if targets else {}),
     }  # fmt: skip
-    jit = find_compiler(device) if args.compile else lambda function: function
-    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
-    critic_loss_, actor_loss_ = jit(critic_loss), jit(actor_loss)
-
-    def noise(batch: int) -> torch.Tensor:
-        return torch.randn(args.flow_steps + 1, batch, action_dim, device=device)
-
     step, updates, seconds, saved_step, csv_length = 0, 0, 0.0, 0, 0
     if checkpoint:
         for name, part in learned.items():
@@ -655,6 +648,14 @@ def main() -> None:
             print("note: the interrupted episode could not be replayed; starting a new one", file=sys.stderr)
             episode_random, episode_return, episode_length = env_random.state, 0.0, 0
             obs = to_obs(env.reset()[0])
+
+    jit = find_compiler(device) if args.compile else lambda function: function
+    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+    fast_critic_loss, fast_actor_loss = jit(critic_loss), jit(actor_loss)
+
+    def noise(batch: int) -> torch.Tensor:
+        return torch.randn(args.flow_steps + 1, batch, action_dim, device=device)
+
     history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
 
     def save() -> None:
@@ -703,6 +704,8 @@ def main() -> None:
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
     try:
         while step < args.total_timesteps and not signals:
+            if not np.isfinite(obs).all():
+                diverged(step, "observation")
             if step < args.random_steps:
                 action = env.action_space.sample().ravel().astype(np.float32)
             else:
@@ -715,7 +718,7 @@ def main() -> None:
             next_obs, reward, step = to_obs(next_obs), float(reward), step + 1
             if not math.isfinite(reward):
                 diverged(step, "reward")
-            if not (np.isfinite(obs).all() and np.isfinite(next_obs).all()):  # obs may come from a reset
+            if not np.isfinite(next_obs).all():  # before it is stored
                 diverged(step, "observation")
             buffer.add(obs, action, reward, terminated, next_obs)  # truncation is not termination: it bootstraps
             obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
@@ -723,7 +726,9 @@ def main() -> None:
 
             if step > args.random_steps:
                 batch, alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
-                loss_q, q = critic_loss_(actor, critics, targets, batch, noise(args.batch_size), alpha, args.gamma)
+                loss_q, q = fast_critic_loss(
+                    actor, critics, targets, batch, noise(args.batch_size), alpha, args.gamma
+                )  # fmt: skip
                 descend(critic_optimizer, loss_q)
                 if targets:
                     with torch.no_grad():
@@ -732,7 +737,7 @@ def main() -> None:
                 if updates % args.actor_delay == 0:
                     actor.train()
                     critics.eval()
-                    loss_pi, log_prob = actor_loss_(actor, critics, batch[0], noise(args.batch_size), alpha)
+                    loss_pi, log_prob = fast_actor_loss(actor, critics, batch[0], noise(args.batch_size), alpha)
                     descend(actor_optimizer, loss_pi)  # leaves gradients in the critics, cleared before their own
                     actor.eval()
                     if args.autotune:

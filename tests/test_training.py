@@ -78,14 +78,10 @@ def test_replay_buffer_wraps_around(script):
 @pytest.mark.parametrize("entropy, direction", [(3.0, -1), (-3.0, 1)])
 def test_alpha_moves_the_entropy_towards_its_target(script, entropy, direction):
     log_alpha = nn.Parameter(torch.tensor(-2.0))
-    optimizer = torch.optim.Adam([log_alpha], lr=1e-2)
     for target in (0.0, -2.0, 2.0):  # below and above, whatever the target
         before = log_alpha.item()
         loss = script.alpha_loss(log_alpha, torch.tensor(-(target + entropy)), target)
-        optimizer = torch.optim.Adam([log_alpha], lr=1e-2)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        script.descend(torch.optim.Adam([log_alpha], lr=1e-2), loss)
         assert direction * (log_alpha.item() - before) > 0  # too little entropy raises alpha, too much lowers it
 
 

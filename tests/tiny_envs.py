@@ -10,14 +10,15 @@ class Scripted(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([2, 4], np.float32))
 
-    def __init__(self, bad: str = "", bad_step: int = 0, render_mode=None):
-        """`bad` (reward, observation) turns NaN at step `bad_step` of the environment's life."""
+    def __init__(self, bad: str = "", bad_step: int = 0):
+        """`bad` (reward, observation) is NaN at step `bad_step` of the environment's life, or every reset after it."""
         self.episode, self.steps, self.bad, self.bad_step = -1, 0, bad, bad_step
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.episode, self.t = self.episode + 1, 0
-        return np.array([self.episode, 0, 7.0]), {}
+        bad = self.bad == "reset" and self.steps > self.bad_step
+        return np.array([self.episode, 0, np.nan if bad else 7.0]), {}
 
     def step(self, action):
         assert self.action_space.contains(action), action
@@ -25,25 +26,28 @@ class Scripted(gym.Env):
         bad = self.bad if self.steps == self.bad_step else ""
         obs = np.array([self.episode, self.t, np.nan if bad == "observation" else 7.0])
         terminated, truncated = self.episode % 2 == 0 and self.t == 5, self.t == 7
-        return obs, np.nan if bad == "reward" else self.t, terminated, truncated, {}
+        reward = {"reward": np.nan, "infinite": np.inf}.get(bad, self.t)
+        return obs, reward, terminated, truncated, {}
 
 
-class Reach(gym.Env):
-    """One-step task: the observation is a target in [-1, 1]^2, the reward minus the squared distance of the action."""
+class Home(gym.Env):
+    """Walk on a line in steps of at most 0.5 for 10 steps, then truncated; the reward is -|x| of before the step.
 
-    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-    action_space = gym.spaces.Box(np.array([-1, -3], np.float32), np.array([2, 1], np.float32))
+    So an action never changes its own reward, only those after it: it is learned by bootstrapping alone.
+    """
 
-    def __init__(self, render_mode=None):
-        pass
+    observation_space = gym.spaces.Box(-4, 4, (1,), np.float64)
+    action_space = gym.spaces.Box(-0.5, 0.5, (1,), np.float64)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.target = self.np_random.uniform(-1, 1, 2).astype(np.float32)
-        return self.target, {}
+        self.x, self.t = self.np_random.uniform(-2, 2), 0
+        return np.array([self.x]), {}
 
     def step(self, action):
-        return self.target, -float(np.square(action - self.target).sum()), True, False, {}
+        reward, self.t = -abs(self.x), self.t + 1
+        self.x = float(np.clip(self.x + action[0], -4, 4))
+        return np.array([self.x]), reward, False, self.t == 10, {}
 
 
 def spaces(observation=None, action=None):
@@ -56,7 +60,10 @@ Box, Discrete, Dict = gym.spaces.Box, gym.spaces.Discrete, gym.spaces.Dict
 gym.register("Scripted-v0", Scripted)
 gym.register("BadReward-v0", Scripted, kwargs={"bad": "reward", "bad_step": 60})
 gym.register("BadObservation-v0", Scripted, kwargs={"bad": "observation", "bad_step": 60})
-gym.register("Reach-v0", Reach)
+gym.register("BadReset-v0", Scripted, kwargs={"bad": "reset", "bad_step": 60})
+gym.register("InfiniteReward-v0", Scripted, kwargs={"bad": "infinite", "bad_step": 60})
+gym.register("Home-v0", Home)
+gym.register("Broken-v0", lambda: 1 / 0)
 gym.register("DiscreteObservation-v0", spaces(observation=Discrete(4)))
 gym.register("DictObservation-v0", spaces(observation=Dict(x=Box(-1, 1, (3,)))))
 gym.register("ImageObservation-v0", spaces(observation=Box(0, 255, (8, 8, 3), np.uint8)))
