@@ -91,6 +91,8 @@ class Args:
     """discount factor"""
     critic_lr: float = 1e-3
     """learning rate of the critics"""
+    # actor_lr and alpha were chosen together on Hopper-v4: from the paper's alpha 0.2 the entropy term first inflates
+    # sigma (path entropy 14 for a target of 0) and Flow-G stood near 660 at step 30 000; with these, near 1 460.
     actor_lr: float = 1e-3
     """learning rate of the actor"""
     alpha_lr: float = 1e-3
