@@ -50,7 +50,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-LOG_2PI = math.log(2 * math.pi)
 LOSSES = ("qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy")
 
 
@@ -354,7 +353,7 @@ class Actor(nn.Module):
             a = a if probe is None else a + probe[i + 1]
             path.append(a)
         # A_{i+1} given A_i is Gaussian with standard deviation std * sqrt(dt), and eps_i is its standardised value.
-        log_prob = -0.5 * (noise**2 + LOG_2PI).sum(0) - self.flow_steps * (log_std + 0.5 * math.log(dt))
+        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - self.flow_steps * (log_std + 0.5 * math.log(dt))
         # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
         log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - a - F.softplus(-2 * a))
         return torch.tanh(a) * self.scale + self.bias, log_prob.sum(1), torch.stack(path)
