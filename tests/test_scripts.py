@@ -82,7 +82,7 @@ def test_without_a_compiler_it_goes_on(run, tmp_path):
 
 
 def test_what_a_run_leaves(run, tmp_path, name):
-    done = run(*PENDULUM, "--total-timesteps", 600, "--seed", 7)
+    done = run(*PENDULUM, "--total-timesteps", 600, "--seed", 7, "--compile")
     assert done.returncode == 0, done.stderr
     folder = the_run(tmp_path)
     assert folder.name.startswith(f"InvertedPendulum-v4__{name}__7__")
