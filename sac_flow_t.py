@@ -22,6 +22,7 @@ Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equatio
 # ]
 # ///
 
+import contextlib
 import copy
 import csv
 import json
@@ -815,8 +816,9 @@ def main() -> None:
     finally:
         bar.close()
         env.close()
-        writer.close()
-        csv_file.close()
+        for file in (writer, csv_file):
+            with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
+                file.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
