@@ -69,6 +69,8 @@ class Args:
     """train on the GPU (the default where there is one)"""
     compile: bool = True
     """put the losses and the rollout through torch.compile, if a C++ compiler is found"""
+    bf16: bool = False
+    """let matrix products round their float32 factors to bfloat16 (TF32 on a GPU) where that is faster"""
     capture_video: bool = False
     """write videos of some training episodes, or of those of --evaluate, to <run>/videos"""
     track: bool = False
@@ -537,7 +539,9 @@ def find_compiler(device: torch.device):
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         print("the first update compiles the losses, for up to a minute", file=sys.stderr)
-        return lambda function: torch.compile(function, dynamic=False)
+        # Without guards: each function always meets the same shapes and modes, and checking that cost 0.2 ms a call.
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        return lambda function: torch.compile(function, dynamic=False, options=options)
     except Exception:
         print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
         return lambda function: function
@@ -559,6 +563,7 @@ def main() -> None:
         check_video(env)
     videos = partial(gym.wrappers.RecordVideo, video_folder=str(run / "videos"), disable_logger=True)
 
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -574,6 +579,9 @@ def main() -> None:
         buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
         fail(f"{str(error).splitlines()[0]} (sizes: --buffer-size, --critic-dim, --sigma-dim, --velocity-dim)")
+    for weight in [*actor.parameters(), *critics.parameters()]:
+        if weight.dim() == 2 and weight.shape[0] > 4 * weight.shape[1]:  # stored by columns: MKL on AMD multiplies
+            weight.data = weight.data.t().contiguous().t()  # their gradients 2 to 8 times faster
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
         print(f"{run} at step {checkpoint['step']}")

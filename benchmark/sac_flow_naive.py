@@ -1,0 +1,799 @@
+"""The naive flow: SAC Flow with a plain MLP as velocity, the control beside sac_flow_g.py and sac_flow_t.py.
+
+An action is made by K Euler steps of a velocity network, and gradients of the critic run back through all of
+them. That loop is a residual RNN over the flow time and inherits the RNN's exploding gradients. Nothing is done
+about it here: all but the velocity network is the text of sac_flow_g.py, so that a difference in a run is its doing.
+Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
+
+    python benchmark/sac_flow_naive.py --env-id Hopper-v4
+    python benchmark/sac_flow_naive.py --resume runs/<name>
+    python benchmark/sac_flow_naive.py --evaluate runs/<name> --capture-video
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.8.1",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "numpy>=1.26,<3",
+# ]
+# ///
+
+import contextlib
+import copy
+import csv
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from collections import deque
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, Optional
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+LOSSES = ("qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy")
+
+
+@dataclass
+class Args:
+    """Flags of the command line; `alpha_lr` is --alpha-lr."""
+
+    # What to run
+    env_id: str = "Hopper-v4"
+    """Gymnasium id with 1-D Box observations and bounded Box actions; `my_package:MyEnv-v0` imports my_package first"""
+    seed: int = 1
+    """seed of every random generator"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the whole run"""
+    cuda: bool = torch.cuda.is_available()
+    """train on the GPU (the default where there is one)"""
+    compile: bool = True
+    """put the losses and the rollout through torch.compile, if a C++ compiler is found"""
+    bf16: bool = False
+    """let matrix products round their float32 factors to bfloat16 (TF32 on a GPU) where that is faster"""
+    capture_video: bool = False
+    """write videos of some training episodes, or of those of --evaluate, to <run>/videos"""
+    track: bool = False
+    """mirror the TensorBoard log to Weights & Biases"""
+    save_every: int = 50_000
+    """steps between checkpoints; each is saved at the next end of an episode, and one at the end of the run"""
+    resume: Optional[str] = None
+    """folder of a run to continue, bit for bit, from its checkpoint"""
+    evaluate: Optional[str] = None
+    """folder of a run whose saved policy is played instead of training"""
+
+    # Soft actor-critic
+    buffer_size: int = 1_000_000
+    """capacity of the replay buffer in transitions"""
+    batch_size: int = 256
+    """transitions per update"""
+    random_steps: int = 5_000
+    """uniformly random actions before learning starts"""
+    gamma: float = 0.99
+    """discount factor"""
+    critic_lr: float = 1e-3
+    """learning rate of the critics"""
+    # actor_lr and alpha were chosen together on Hopper-v4: from the paper's alpha 0.2 the entropy term first inflates
+    # sigma (path entropy 14 for a target of 0) and Flow-G stood near 660 at step 30 000; with these, near 1 460.
+    actor_lr: float = 1e-3
+    """learning rate of the actor"""
+    alpha_lr: float = 1e-3
+    """learning rate of the entropy coefficient"""
+    adam_b1: float = 0.5
+    """beta1 of every Adam optimizer"""
+    critic_dim: int = 256
+    """width of the two hidden layers of each critic"""
+    actor_delay: int = 3
+    """critic updates per update of actor and alpha"""
+    autotune: bool = True
+    """learn alpha such that the entropy of the path meets --target-entropy"""
+    alpha: float = 0.02
+    """entropy coefficient: its start, or its value with --no-autotune"""
+    target_entropy: float = 0.0
+    """target of the path's entropy in nats, all dimensions and steps together"""
+    crossq: bool = True
+    """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
+    tau: float = 0.005
+    """with --no-crossq: step of the target networks' moving average"""
+    renorm_warmup: int = 100_000
+    """training batches for which a BatchRenorm is plain batch normalisation (the actor's sees one per actor update)"""
+
+    # Flow policy
+    flow_steps: int = 4
+    """K, Euler steps from noise to action"""
+    drift_correction: bool = True
+    """add the score term that keeps the noisy rollout's marginals those of the noise-free flow"""
+    sigma_dim: int = 256
+    """width of the two hidden layers of the network for sigma"""
+    velocity_dim: int = 512
+    """width of the hidden layer: 512 has the parameters of Flow-G's gate and candidate of 256 each"""
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line on standard error and exit code 2."""
+    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
+    raise SystemExit(2)
+
+
+class ReplayBuffer:
+    """Ring buffer on the training device. A transition is one row, so adding and sampling are one copy each."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = [obs_dim, action_dim, 1, 1, obs_dim]  # obs, action, reward, terminated, next_obs
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.added = 0  # transitions ever added; the next one goes to row added % capacity
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, obs, action, reward, terminated, next_obs) -> None:
+        """Store one transition: numpy vectors and scalars. `next_obs` is what the step returned, never a reset's."""
+        row = np.concatenate([obs, action, [reward, terminated], next_obs]).astype(np.float32)
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        self.added += 1
+
+    def sample(self, batch_size: int) -> list[torch.Tensor]:
+        """Uniform batch: obs (B, obs_dim), action (B, D), reward (B,), terminated (B,), next_obs (B, obs_dim)."""
+        index = torch.randint(len(self), (batch_size,), device=self.rows.device)
+        obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, dim=1)
+        return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
+
+    def filled(self) -> torch.Tensor:
+        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
+        return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
+
+    def last_actions(self, n: int) -> np.ndarray:
+        """The last n actions added, oldest first, (n, D)."""
+        index = torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)
+        return self.rows[index].split(self.widths, dim=1)[1].cpu().numpy()
+
+    def last_obs(self) -> np.ndarray:
+        """The next_obs of the last transition added, (obs_dim,)."""
+        return self.rows[(self.added - 1) % len(self.rows)].split(self.widths)[4].cpu().numpy()
+
+
+class BatchRenorm(nn.Module):
+    """Batch renormalisation (Ioffe, 2017) of (B, dim): normalises training batches by the running statistics.
+
+    y = ((x - mean) / std * r + d) * weight + bias,  r = std / running_std,  d = (mean - running_mean) / running_std,
+    with r and d clipped and without gradient. For the first `warmup` batches r = 1, d = 0: plain batch norm.
+    """
+
+    def __init__(self, dim: int, momentum=0.99, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
+        super().__init__()
+        self.momentum, self.eps, self.r_max, self.d_max, self.warmup = momentum, eps, r_max, d_max, warmup
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        # Everything is folded into one scale and one shift per feature, so x is read once for the statistics and
+        # once for the result.
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return x * scale + (self.bias - self.running_mean * scale)
+        var, mean = torch.var_mean(x, dim=0, correction=0)
+        std = torch.sqrt(var + self.eps)
+        with torch.no_grad():
+            running_std = torch.sqrt(self.running_var + self.eps)
+            warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
+            r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
+            d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+            self.running_mean.lerp_(mean, 1 - self.momentum)
+            self.running_var.lerp_(var, 1 - self.momentum)
+            self.batches.add_(1)
+        scale = self.weight * r / std
+        return x * scale + (self.bias + self.weight * d - mean * scale)
+
+
+class Critic(nn.Module):
+    """Q(s, a): two hidden layers; with `renorm` (a factory, dim -> module) normalised before each Linear, as CrossQ."""
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int, renorm=lambda dim: nn.Identity()):
+        super().__init__()
+        self.net = nn.Sequential(
+            renorm(obs_dim + action_dim),
+            nn.Linear(obs_dim + action_dim, dim), nn.ReLU(), renorm(dim),
+            nn.Linear(dim, dim), nn.ReLU(), renorm(dim),
+            nn.Linear(dim, 1),
+        )  # fmt: skip
+
+    def forward(self, obs, action):
+        """(B, obs_dim), (B, D) -> (B,)"""
+        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
+
+
+class TimeEmbedding(nn.Module):
+    """Linear map of sines and cosines of the flow time t in [0, 1] (float or (B, 1)) to (dim,) or (B, dim)."""
+
+    def __init__(self, dim: int, frequencies: int = 16):
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, 2, frequencies), persistent=False)  # 1 to 100 rad
+        self.linear = nn.Linear(2 * frequencies, dim, bias=False)
+
+    def forward(self, t):
+        phase = t * self.frequencies
+        return self.linear(torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1))
+
+
+class Velocity(nn.Module):
+    """The plain velocity: v(t, a, s) is an MLP with one hidden layer, and an Euler step a residual block of it.
+
+    With `dim` twice Flow-G's it has as many parameters as Flow-G, but for D biases. Nothing bounds dv/da.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 512):
+        super().__init__()
+        # The first layer split by input: the observation's part is the same at all K steps, so `encode` computes it
+        # once per rollout.
+        self.from_obs = nn.Linear(obs_dim, dim)
+        self.from_action = nn.Linear(action_dim, dim, bias=False)
+        self.from_time = TimeEmbedding(dim)
+        self.out = nn.Linear(dim, action_dim)
+
+    def encode(self, obs):
+        """What the K steps share: (B, obs_dim) -> (B, dim)."""
+        return self.from_obs(obs)
+
+    def forward(self, t, a, memory):
+        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
+        return self.out(F.silu(memory + self.from_action(a) + self.from_time(t)))
+
+
+class Actor(nn.Module):
+    """Flow policy: K noisy Euler steps of a velocity network, then tanh to the action bounds.
+
+    Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
+    bounds, `renorm` is a factory dim -> module that normalises observations, `velocity` holds the sizes of `Velocity`.
+    """
+
+    def __init__(
+        self, obs_dim: int, action_low, action_high, *, flow_steps: int = 4, drift_correction: bool = True,
+        sigma_dim: int = 256, renorm=lambda dim: nn.Identity(), **velocity,
+    ):  # fmt: skip
+        super().__init__()
+        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
+        self.flow_steps, self.drift_correction, self.action_dim = flow_steps, drift_correction, len(low)
+        self.norm = renorm(obs_dim)
+        self.velocity_net = Velocity(obs_dim, self.action_dim, **velocity)
+        self.sigma_net = nn.Sequential(
+            nn.Linear(obs_dim, sigma_dim), nn.ReLU(),
+            nn.Linear(sigma_dim, sigma_dim), nn.ReLU(),
+            nn.Linear(sigma_dim, self.action_dim),
+        )  # fmt: skip
+        self.register_buffer("scale", (high - low) / 2)
+        self.register_buffer("bias", (high + low) / 2)
+
+    def velocity(self, t, a, obs):
+        """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
+        return self.velocity_net(t, a, self.velocity_net.encode(self.norm(obs)))
+
+    def rollout(self, obs, noise, probe=None):
+        """Sample actions and the density of their paths (equations "rollout" and "density" of the README).
+
+        obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians: noise[0] = A_0, noise[i+1] = eps_i.
+        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), path (K+1, B, D) of A_i.
+        `probe`, zeros of path's shape, is added to each A_i: its gradient is dL/dA_i.
+        """
+        obs = self.norm(obs)
+        memory = self.velocity_net.encode(obs)
+        log_std = -1.5 + 3.5 * torch.tanh(self.sigma_net(obs))  # (B, D) in [-5, 2], shared by the K steps
+        std, dt = log_std.exp(), 1 / self.flow_steps
+        a = noise[0] if probe is None else noise[0] + probe[0]
+        path = [a]
+        for i in range(self.flow_steps):
+            t = i * dt
+            v = drift = self.velocity_net(t, a, memory)
+            if self.drift_correction:  # sigma^2 / 2 times the score of the linear path's marginal, (t v - a) / (1 - t)
+                drift = v + 0.5 * std**2 * (t * v - a) / (1 - t)
+            a = a + drift * dt + std * math.sqrt(dt) * noise[i + 1]
+            a = a if probe is None else a + probe[i + 1]
+            path.append(a)
+        # A_{i+1} given A_i is Gaussian with standard deviation std * sqrt(dt), and eps_i is its standardised value.
+        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - self.flow_steps * (log_std + 0.5 * math.log(dt))
+        # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
+        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - a - F.softplus(-2 * a))
+        return torch.tanh(a) * self.scale + self.bias, log_prob.sum(1), torch.stack(path)
+
+    def act(self, obs, deterministic: bool = False):
+        """Actions (B, D) for obs (B, obs_dim); deterministic: from A_0 = 0 without noise."""
+        noise = torch.zeros if deterministic else torch.randn
+        noise = noise(self.flow_steps + 1, len(obs), self.action_dim, device=obs.device, dtype=obs.dtype)
+        return self.rollout(obs, noise)[0]
+
+
+def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
+    """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log p_c(path')).
+
+    `targets` are the target networks, or None for CrossQ: then Q(s, a) and Q(s', a') come from one forward of both
+    halves, so that BatchRenorm sees the mixture of both distributions. Returns the loss and mean Q.
+    """
+    obs, action, reward, terminated, next_obs = batch
+    with torch.no_grad():
+        next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
+    if targets is None:
+        both = torch.cat([obs, next_obs]), torch.cat([action, next_action])
+        q, next_q = torch.stack([critic(*both) for critic in critics]).chunk(2, dim=1)  # (2, B) each
+        next_q = next_q.detach()
+    else:
+        q = torch.stack([critic(obs, action) for critic in critics])
+        with torch.no_grad():
+            next_q = torch.stack([target(next_obs, next_action) for target in targets])
+    y = reward + gamma * (1 - terminated) * (next_q.amin(0) - alpha * next_log_prob)
+    return 0.5 * (q - y).square().mean(1).sum(), q.detach().mean()
+
+
+def actor_loss(actor, critics, obs, noise, alpha):
+    """mean(alpha log p_c - min_j Q_j(s, a)), its gradient through all K steps. Returns the loss and mean log p_c."""
+    action, log_prob, _ = actor.rollout(obs, noise)
+    q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
+    return (alpha * log_prob - q).mean(), log_prob.detach().mean()
+
+
+def alpha_loss(log_alpha, log_prob, target_entropy):
+    """alpha * (entropy - target): alpha falls while the paths' entropy, mean -log p_c, exceeds its target."""
+    return log_alpha.exp() * (-log_prob - target_entropy)
+
+
+def descend(optimizer, loss) -> None:
+    """One step of `optimizer` on `loss`."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def gradient_norms(actor, critics, obs, noise, alpha):
+    """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible."""
+    probe = torch.zeros_like(noise, requires_grad=True)
+    action, log_prob, _ = actor.rollout(obs, noise, probe)
+    q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
+    (gradient,) = torch.autograd.grad((alpha * log_prob - q).sum(), probe)
+    return gradient.norm(dim=2).mean(1)  # (K+1,)
+
+
+def load_checkpoint(folder: str) -> dict:
+    """Read <folder>/checkpoint.pt; stops the program if it is missing, damaged or written by another script."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"no checkpoint at {path}: name the folder of a run that has saved one, such as runs/<name>")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load would not notice a flipped bit
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        state = None
+    if state is None:
+        fail(f"{path} is truncated or corrupted: restore it from a copy, or start a new run")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
+        fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
+    if set(state["args"]) != {field.name for field in fields(Args)}:
+        fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
+    return state
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write <folder>/checkpoint.pt such that at any instant a complete one is there. Raises OSError if it cannot."""
+    temporary = folder / "checkpoint.pt.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {folder / 'checkpoint.pt'} ({error})") from error
+
+
+def random_states(device: torch.device) -> dict:
+    """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
+    name, key, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
+
+
+def set_random_states(states: dict, device: torch.device) -> None:
+    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    random.setstate(states["python"])
+    name, key, *rest = states["numpy"]
+    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if (states["cuda"] is not None) != (device.type == "cuda"):
+        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+    elif states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def parse_args() -> tuple[Args, Optional[dict]]:
+    """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
+    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    if args.resume and args.evaluate:
+        fail("--resume and --evaluate exclude each other")
+    if folder := args.resume or args.evaluate:
+        checkpoint = load_checkpoint(folder)
+        saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
+        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
+        args = tyro.cli(Args, description=__doc__, default=saved)
+        may_change = {"total_timesteps", "cuda", "compile", "capture_video", "track", "save_every"}
+        for field in fields(Args):
+            old, new = getattr(saved, field.name), getattr(args, field.name)
+            if old != new and field.name not in may_change:
+                fail(f"--{field.name.replace('_', '-')} {new} conflicts with {old} of {folder}: drop the flag")
+        if args.resume and args.total_timesteps <= checkpoint["step"]:
+            fail(f"{folder} has reached step {checkpoint['step']}: raise --total-timesteps to go on")
+
+    def check(ok: bool, name: str, requirement: str) -> None:
+        if not ok:
+            fail(f"--{name.replace('_', '-')} must be {requirement}, not {getattr(args, name)}")
+
+    for field in fields(Args):
+        value = getattr(args, field.name)
+        if field.name in ("seed", "random_steps", "renorm_warmup"):
+            check(0 <= value < 2**32, field.name, "0 or more, and below 2^32")
+        elif type(value) is int:
+            check(value >= 1, field.name, "1 or more")
+        elif field.name.endswith("_lr") or field.name == "alpha":
+            check(0 < value < math.inf, field.name, "above 0")
+    check(0 <= args.gamma <= 1, "gamma", "in [0, 1]")
+    check(0 <= args.adam_b1 < 1, "adam_b1", "in [0, 1)")
+    check(0 < args.tau <= 1, "tau", "in (0, 1]")
+    check(math.isfinite(args.target_entropy), "target_entropy", "finite")
+    check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda: this torch finds no CUDA device; use --no-cuda")
+    return args, checkpoint
+
+
+def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
+    """gym.make with one-line errors for environments that do not exist or that this script cannot control."""
+    warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the paper reports
+    try:
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+    except Exception as error:  # a user's environment may raise anything
+        fail(f"--env-id {env_id}: {(str(error) or type(error).__name__).splitlines()[0]}")
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
+    if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
+        fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
+    extent = action.high.astype(np.float32) - action.low.astype(np.float32)
+    if not (np.isfinite(extent).all() and (extent > 0).all()):
+        fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
+    return env
+
+
+def check_video(env: gym.Env) -> None:
+    """Refuse --capture-video where it cannot work; `env` is made with render_mode="rgb_array"."""
+    try:
+        import moviepy  # noqa: F401
+    except ImportError:
+        fail("--capture-video needs moviepy: pip install -r benchmark/requirements.txt")
+    try:
+        env.reset(seed=0)
+        env.render()
+    except Exception as error:
+        fail(f"--capture-video: cannot render here ({error}); without a display set MUJOCO_GL=egl or osmesa")
+
+
+def to_obs(obs) -> np.ndarray:
+    """An environment's observation as float32, the type in which it is stored and fed to the networks."""
+    return np.asarray(obs, dtype=np.float32)
+
+
+def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
+    return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
+
+
+def evaluate(actor: Actor, env: gym.Env, seed: int) -> dict[str, float]:
+    """Print and return the mean returns of 10 deterministic and 10 stochastic episodes, reset with seed + 0..9."""
+    actor.eval()
+    means = {}
+    for kind in ("deterministic", "stochastic"):
+        returns = np.zeros(10)
+        for i in range(len(returns)):
+            obs, done = env.reset(seed=seed + i)[0], False
+            while not done:
+                obs = torch.from_numpy(to_obs(obs)).to(actor.scale.device)[None]
+                with torch.no_grad():
+                    action = actor.act(obs, deterministic=kind == "deterministic")[0].cpu().numpy()
+                obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
+                returns[i] += float(reward)
+                done = terminated or truncated
+        means[f"eval/{kind}_return"] = float(returns.mean())
+        print(f"{kind}: return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
+    return means
+
+
+def find_compiler(device: torch.device):
+    """torch.compile if it works on this machine, else the identity and a note."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        print("the first update compiles the losses, for up to a minute", file=sys.stderr)
+        # Without guards: each function always meets the same shapes and modes, and checking that cost 0.2 ms a call.
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        return lambda function: torch.compile(function, dynamic=False, options=options)
+    except Exception:
+        print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
+        return lambda function: function
+
+
+def main() -> None:
+    args, checkpoint = parse_args()
+    device = torch.device("cuda" if args.cuda else "cpu")
+    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if args.capture_video and headless:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    render_mode = "rgb_array" if args.capture_video else "human" if args.evaluate and not headless else None
+    env = make_env(args.env_id, render_mode)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
+    run = Path(args.resume or args.evaluate or "runs")
+    if not (args.resume or args.evaluate):
+        run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    if args.capture_video:
+        check_video(env)
+    videos = partial(gym.wrappers.RecordVideo, video_folder=str(run / "videos"), disable_logger=True)
+
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+
+    renorm = partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
+    velocity = {name[len("velocity_") :]: size for name, size in vars(args).items() if name.startswith("velocity_")}
+    try:
+        actor = Actor(
+            obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel(), flow_steps=args.flow_steps,
+            drift_correction=args.drift_correction, sigma_dim=args.sigma_dim, renorm=renorm, **velocity,
+        ).to(device)  # fmt: skip
+        critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm) for _ in range(2)).to(device)
+        buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
+        fail(f"{str(error).splitlines()[0]} (sizes: --buffer-size, --critic-dim, --sigma-dim, --velocity-dim)")
+    for weight in [*actor.parameters(), *critics.parameters()]:
+        if weight.dim() == 2 and weight.shape[0] > 4 * weight.shape[1]:  # stored by columns: MKL on AMD multiplies
+            weight.data = weight.data.t().contiguous().t()  # their gradients 2 to 8 times faster
+    if args.evaluate:
+        actor.load_state_dict(checkpoint["actor"])
+        print(f"{run} at step {checkpoint['step']}")
+        if args.capture_video:
+            env = videos(env, name_prefix="evaluation", episode_trigger=lambda episode: True)
+        evaluate(actor, env, args.seed)
+        env.close()
+        return
+
+    targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
+    log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
+    adam = partial(torch.optim.Adam, betas=(args.adam_b1, 0.999), fused=True)
+    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
+    critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
+    alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
+    learned = {
+        "actor": actor, "critics": critics, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer,
+        "alpha_optimizer": alpha_optimizer, **({"targets": targets} if targets else {}),
+    }  # fmt: skip
+    step, updates, seconds, saved_step, csv_length = 0, 0, 0.0, 0, 0
+    if checkpoint:
+        for name, part in learned.items():
+            part.load_state_dict(checkpoint[name])
+        log_alpha.data.copy_(checkpoint["log_alpha"])
+        rows = checkpoint.pop("buffer")
+        buffer.rows[: len(rows)].copy_(rows)
+        del rows  # as large as the buffer
+        buffer.added = checkpoint["buffer_added"]
+        step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
+        saved_step, csv_length = step, checkpoint["csv_length"]
+        if not (run / "returns.csv").is_file() or (run / "returns.csv").stat().st_size < csv_length:
+            fail(f"{run / 'returns.csv'} is shorter than when the checkpoint was saved: restore it from a copy")
+
+    if args.track:
+        try:
+            import wandb
+
+            wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        except ImportError:
+            fail("--track needs wandb: pip install -r benchmark/requirements.txt")
+        except Exception as error:
+            fail(f"--track: {(str(error) or type(error).__name__).splitlines()[0]}")
+    try:
+        run.mkdir(parents=True, exist_ok=bool(checkpoint))
+        (run / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
+        csv_file = open(run / "returns.csv", "r+" if checkpoint else "w", newline="")
+        csv_file.truncate(csv_length)
+    except OSError as error:
+        fail(f"cannot write to {run}: {error.strerror}")
+    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    csv_file.seek(csv_length)
+    returns_csv = csv.writer(csv_file, lineterminator="\n")
+    if not checkpoint:
+        returns_csv.writerow(["step", "return", "length", "seconds"])
+
+    env.reset(seed=args.seed)
+    env.action_space.seed(args.seed)
+    env_random, space_random = env.unwrapped.np_random.bit_generator, env.action_space.np_random.bit_generator
+    if args.capture_video:
+        env = videos(env, name_prefix=f"from-step-{step}")
+    episode_return, episode_length = 0.0, 0
+    if checkpoint:
+        set_random_states(checkpoint["random"], device)
+        env_random.state, space_random.state = checkpoint["env_random"], checkpoint["space_random"]
+        episode_length = checkpoint["episode_length"]
+    episode_random = env_random.state  # before the reset: where this episode can be replayed from
+    obs = to_obs(env.reset()[0])
+    if episode_length:  # the run stopped in an episode: the same reset and actions lead back to the same state
+        for action in buffer.last_actions(min(episode_length, len(buffer))):
+            next_obs, reward, *_ = env.step(to_action(action, env.action_space))
+            obs, episode_return = to_obs(next_obs), episode_return + float(reward)
+        if episode_length > len(buffer) or not np.array_equal(obs, buffer.last_obs()):
+            print("note: the interrupted episode could not be replayed; starting a new one", file=sys.stderr)
+            episode_random, episode_return, episode_length = env_random.state, 0.0, 0
+            obs = to_obs(env.reset()[0])
+
+    jit = find_compiler(device) if args.compile else lambda function: function
+    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+    fast_critic_loss, fast_actor_loss = jit(critic_loss), jit(actor_loss)
+
+    def noise(batch: int) -> torch.Tensor:
+        return torch.randn(args.flow_steps + 1, batch, action_dim, device=device)
+
+    history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
+
+    def save() -> None:
+        """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
+        nonlocal saved_step
+        csv_file.flush()
+        os.fsync(csv_file.fileno())
+        mean_losses()
+        for name in ("actor", "critics"):
+            for parameter, value in learned[name].state_dict().items():
+                if not value.isfinite().all():
+                    diverged(step, f"{name}.{parameter}")
+        state = {name: part.state_dict() for name, part in learned.items()}
+        state.update(
+            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), buffer=buffer.filled(),
+            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start,
+            csv_length=csv_file.tell(), random=random_states(device), space_random=space_random.state,
+            env_random=episode_random, episode_length=episode_length,
+        )  # fmt: skip
+        save_checkpoint(run, state)
+        saved_step = step
+
+    def kept() -> str:
+        return f"the checkpoint of step {saved_step} is kept: --resume {run}" if saved_step else "no checkpoint yet"
+
+    def diverged(step: int, name: str) -> NoReturn:
+        fail(f"step {step}: {name} is NaN or infinite; {kept()}")
+
+    def mean_losses() -> torch.Tensor:
+        """Means of the losses since the last call, after a check of each: the updates wait for the host only here."""
+        rows = torch.stack(history).cpu() if history else torch.zeros(1, len(LOSSES))
+        for row, column in (~rows.isfinite()).nonzero().tolist():
+            diverged(step - len(rows) + 1 + row, LOSSES[column])
+        history.clear()
+        return rows.mean(0)
+
+    signals = []  # Ctrl-C or a kill is acted upon at the end of the step; the same again stops at once
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    loss_pi = loss_alpha = log_prob = torch.zeros((), device=device)
+    actor.eval()  # normalised by running statistics, but for its own update
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
+    try:
+        while step < args.total_timesteps and not signals:
+            if not np.isfinite(obs).all():
+                diverged(step, "observation")
+            if step < args.random_steps:
+                action = env.action_space.sample().ravel().astype(np.float32)
+            else:
+                with torch.no_grad():
+                    action = policy(torch.from_numpy(obs).to(device)[None], noise(1))[0].cpu().numpy()
+                if not np.isfinite(action).all():
+                    mean_losses()  # if a loss diverged before, it is the one to name
+                    diverged(step, "action")
+            next_obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
+            next_obs, reward, step = to_obs(next_obs), float(reward), step + 1
+            if not math.isfinite(reward):
+                diverged(step, "reward")
+            if not np.isfinite(next_obs).all():  # before it is stored
+                diverged(step, "observation")
+            buffer.add(obs, action, reward, terminated, next_obs)  # truncation is not termination: it bootstraps
+            obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
+            bar.update()
+
+            if step > args.random_steps:
+                batch, alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
+                loss_q, q = fast_critic_loss(
+                    actor, critics, targets, batch, noise(args.batch_size), alpha, args.gamma
+                )  # fmt: skip
+                descend(critic_optimizer, loss_q)
+                if targets:
+                    with torch.no_grad():
+                        torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
+
+                if updates % args.actor_delay == 0:
+                    actor.train()
+                    critics.eval()
+                    loss_pi, log_prob = fast_actor_loss(actor, critics, batch[0], noise(args.batch_size), alpha)
+                    descend(actor_optimizer, loss_pi)  # leaves gradients in the critics, cleared before their own
+                    actor.eval()
+                    if args.autotune:
+                        loss_alpha = alpha_loss(log_alpha, log_prob, args.target_entropy)
+                        descend(alpha_optimizer, loss_alpha)
+                    if updates // args.actor_delay % 1000 == 0:
+                        norms = gradient_norms(actor, critics, batch[0], noise(args.batch_size), alpha)
+                        for i, norm in enumerate(norms.tolist()):
+                            writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
+                    critics.train()
+                updates += 1
+                history.append(torch.stack([t.detach() for t in (loss_q, q, loss_pi, loss_alpha, alpha, -log_prob)]))
+                if step % 100 == 0:
+                    means = mean_losses().tolist()
+                    for name, value in zip(LOSSES, means, strict=True):
+                        writer.add_scalar(f"losses/{name}", value, step)
+                    sps = (step - first_step) / (time.time() - start)
+                    writer.add_scalar("charts/SPS", sps, step)
+                    recent = f"{np.mean(last_returns):.0f}" if last_returns else "-"
+                    bar.set_postfix({"return": recent, "alpha": f"{means[4]:.3g}"}, refresh=False)
+
+            if terminated or truncated:
+                elapsed = seconds + time.time() - start
+                writer.add_scalar("charts/episodic_return", episode_return, step)
+                writer.add_scalar("charts/episodic_length", episode_length, step)
+                returns_csv.writerow([step, episode_return, episode_length, round(elapsed, 2)])
+                csv_file.flush()
+                last_returns.append(episode_return)
+                episode_random, episode_return, episode_length = env_random.state, 0.0, 0
+                if step - saved_step >= args.save_every:
+                    save()
+                obs = to_obs(env.reset()[0])
+        save()
+    except OSError as error:
+        fail(f"step {step}: {error}; {kept()}")
+    finally:
+        bar.close()
+        env.close()
+        for file in (writer, csv_file):
+            with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
+                file.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if step < args.total_timesteps:
+        print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
+        raise SystemExit(128 + signals[0])
+    with SummaryWriter(run) as writer:
+        for name, value in evaluate(actor, make_env(args.env_id), args.seed).items():
+            writer.add_scalar(name, value, step)
+    print(f"saved in {run}")
+
+
+if __name__ == "__main__":
+    main()
