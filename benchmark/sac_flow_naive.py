@@ -68,7 +68,7 @@ class Args:
     cuda: bool = torch.cuda.is_available()
     """train on the GPU (the default where there is one)"""
     compile: bool = True
-    """put the losses and the rollout through torch.compile, if a C++ compiler is found"""
+    """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
     bf16: bool = False
     """let matrix products round their float32 factors to bfloat16 (TF32 on a GPU) where that is faster"""
     capture_video: bool = False
@@ -142,6 +142,7 @@ class ReplayBuffer:
         self.widths = [obs_dim, action_dim, 1, 1, obs_dim]  # obs, action, reward, terminated, next_obs
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.added = 0  # transitions ever added; the next one goes to row added % capacity
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # len(self) where a CUDA graph can read it
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -151,16 +152,23 @@ class ReplayBuffer:
         row = np.concatenate([obs, action, [reward, terminated], next_obs]).astype(np.float32)
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
+        self.size.fill_(len(self))
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
         """Uniform batch: obs (B, obs_dim), action (B, D), reward (B,), terminated (B,), next_obs (B, obs_dim)."""
-        index = torch.randint(len(self), (batch_size,), device=self.rows.device)
+        index = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
         obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, dim=1)
         return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
 
     def filled(self) -> torch.Tensor:
         """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
         return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
+
+    def refill(self, rows: torch.Tensor, added: int) -> None:
+        """Put back what `filled` returned, after `added` transitions."""
+        self.rows[: len(rows)].copy_(rows)
+        self.added = added
+        self.size.fill_(len(self))
 
     def last_actions(self, n: int) -> np.ndarray:
         """The last n actions added, oldest first, (n, D)."""
@@ -541,6 +549,45 @@ def find_compiler(device: torch.device):
         return lambda function: function
 
 
+def matmul_precision(device: torch.device, bf16: bool) -> str:
+    """The precision to ask for in the updates: "medium" if products may be rounded, or if it rounds nothing here.
+
+    On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
+    computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
+    """
+    x = torch.rand(256, 256, device=device)
+    torch.set_float32_matmul_precision("medium")
+    medium = x @ x
+    torch.set_float32_matmul_precision("highest")
+    return "medium" if bf16 or torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
+
+
+class CudaGraph:
+    """`function()` as one CUDA graph: its launch costs the host one call in place of one for every kernel.
+
+    The function takes nothing and returns nothing: it works on tensors that live as long as it does, and draws from
+    the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
+    """
+
+    def __init__(self, function, plain_calls: int = 3):
+        self.function, self.plain_calls, self.graph = function, plain_calls, None
+
+    def __call__(self) -> None:
+        if self.plain_calls:
+            self.plain_calls -= 1
+            stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, runs nothing
+                self.function()
+        self.graph.replay()
+
+
 def main() -> None:
     args, checkpoint = parse_args()
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -557,7 +604,7 @@ def main() -> None:
         check_video(env)
     videos = partial(gym.wrappers.RecordVideo, video_folder=str(run / "videos"), disable_logger=True)
 
-    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
+    precision = matmul_precision(device, args.bf16)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -573,9 +620,6 @@ def main() -> None:
         buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
         fail(f"{str(error).splitlines()[0]} (sizes: --buffer-size, --critic-dim, --sigma-dim, --velocity-dim)")
-    for weight in [*actor.parameters(), *critics.parameters()]:
-        if weight.dim() == 2 and weight.shape[0] > 4 * weight.shape[1]:  # stored by columns: MKL on AMD multiplies
-            weight.data = weight.data.t().contiguous().t()  # their gradients 2 to 8 times faster
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
         print(f"{run} at step {checkpoint['step']}")
@@ -587,7 +631,7 @@ def main() -> None:
 
     targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
     log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
-    adam = partial(torch.optim.Adam, betas=(args.adam_b1, 0.999), fused=True)
+    adam = partial(torch.optim.Adam, betas=(args.adam_b1, 0.999), fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
@@ -595,15 +639,14 @@ def main() -> None:
         "actor": actor, "critics": critics, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer,
         "alpha_optimizer": alpha_optimizer, **({"targets": targets} if targets else {}),
     }  # fmt: skip
+    losses = torch.zeros(len(LOSSES), device=device)
     step, updates, seconds, saved_step, csv_length = 0, 0, 0.0, 0, 0
     if checkpoint:
         for name, part in learned.items():
             part.load_state_dict(checkpoint[name])
         log_alpha.data.copy_(checkpoint["log_alpha"])
-        rows = checkpoint.pop("buffer")
-        buffer.rows[: len(rows)].copy_(rows)
-        del rows  # as large as the buffer
-        buffer.added = checkpoint["buffer_added"]
+        losses.copy_(checkpoint["losses"])
+        buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
         step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
         saved_step, csv_length = step, checkpoint["csv_length"]
         if not (run / "returns.csv").is_file() or (run / "returns.csv").stat().st_size < csv_length:
@@ -656,9 +699,40 @@ def main() -> None:
     jit = find_compiler(device) if args.compile else lambda function: function
     policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
     fast_critic_loss, fast_actor_loss = jit(critic_loss), jit(actor_loss)
+    policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
 
     def noise(batch: int) -> torch.Tensor:
         return torch.randn(args.flow_steps + 1, batch, action_dim, device=device)
+
+    # The three parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
+    def act() -> None:
+        with torch.no_grad():
+            policy_action.copy_(policy(policy_obs, noise(1))[0])
+
+    def update_critic() -> None:
+        batch, alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
+        loss, q = fast_critic_loss(actor, critics, targets, batch, noise(args.batch_size), alpha, args.gamma)
+        descend(critic_optimizer, loss)
+        if targets:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
+        losses[:2] = torch.stack([loss.detach(), q])
+
+    def update_actor() -> None:
+        (obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
+        actor.norm.train()  # it normalises by running statistics, but for its own update
+        critics.eval()
+        loss, log_prob = fast_actor_loss(actor, critics, obs, noise(args.batch_size), alpha)
+        descend(actor_optimizer, loss)  # leaves gradients in the critics, cleared before their own
+        actor.norm.eval()
+        critics.train()
+        loss_alpha = alpha_loss(log_alpha, log_prob, args.target_entropy)
+        if args.autotune:
+            descend(alpha_optimizer, loss_alpha)
+        losses[2:] = torch.stack([loss.detach(), loss_alpha.detach(), alpha, -log_prob])
+
+    if args.compile and args.cuda:
+        act, update_critic, update_actor = CudaGraph(act), CudaGraph(update_critic), CudaGraph(update_actor)
 
     history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
 
@@ -674,7 +748,7 @@ def main() -> None:
                     diverged(step, f"{name}.{parameter}")
         state = {name: part.state_dict() for name, part in learned.items()}
         state.update(
-            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), buffer=buffer.filled(),
+            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), losses=losses, buffer=buffer.filled(),
             buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start,
             csv_length=csv_file.tell(), random=random_states(device), space_random=space_random.state,
             env_random=episode_random, episode_length=episode_length,
@@ -703,8 +777,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    loss_pi = loss_alpha = log_prob = torch.zeros((), device=device)
-    actor.eval()  # normalised by running statistics, but for its own update
+    actor.eval()
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
     try:
         while step < args.total_timesteps and not signals:
@@ -713,8 +786,9 @@ def main() -> None:
             if step < args.random_steps:
                 action = env.action_space.sample().ravel().astype(np.float32)
             else:
-                with torch.no_grad():
-                    action = policy(torch.from_numpy(obs).to(device)[None], noise(1))[0].cpu().numpy()
+                policy_obs.copy_(torch.from_numpy(obs))
+                act()
+                action = policy_action.cpu().numpy()
                 if not np.isfinite(action).all():
                     mean_losses()  # if a loss diverged before, it is the one to name
                     diverged(step, "action")
@@ -729,31 +803,20 @@ def main() -> None:
             bar.update()
 
             if step > args.random_steps:
-                batch, alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
-                loss_q, q = fast_critic_loss(
-                    actor, critics, targets, batch, noise(args.batch_size), alpha, args.gamma
-                )  # fmt: skip
-                descend(critic_optimizer, loss_q)
-                if targets:
-                    with torch.no_grad():
-                        torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
-
+                torch.set_float32_matmul_precision(precision)
+                update_critic()
                 if updates % args.actor_delay == 0:
-                    actor.train()
-                    critics.eval()
-                    loss_pi, log_prob = fast_actor_loss(actor, critics, batch[0], noise(args.batch_size), alpha)
-                    descend(actor_optimizer, loss_pi)  # leaves gradients in the critics, cleared before their own
-                    actor.eval()
-                    if args.autotune:
-                        loss_alpha = alpha_loss(log_alpha, log_prob, args.target_entropy)
-                        descend(alpha_optimizer, loss_alpha)
+                    update_actor()
                     if updates // args.actor_delay % 1000 == 0:
-                        norms = gradient_norms(actor, critics, batch[0], noise(args.batch_size), alpha)
+                        critics.eval()
+                        (batch_obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
+                        norms = gradient_norms(actor, critics, batch_obs, noise(args.batch_size), alpha)
+                        critics.train()
                         for i, norm in enumerate(norms.tolist()):
                             writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
-                    critics.train()
+                torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
                 updates += 1
-                history.append(torch.stack([t.detach() for t in (loss_q, q, loss_pi, loss_alpha, alpha, -log_prob)]))
+                history.append(losses.clone())
                 if step % 100 == 0:
                     means = mean_losses().tolist()
                     for name, value in zip(LOSSES, means, strict=True):

@@ -1,0 +1,255 @@
+"""How fast the scripts are, where the time goes, and how near that is to what the machine can do.
+
+Every row is one script, unmodified, training in a process of its own with clocks put into its functions: steps per
+second end to end after compilation, milliseconds per step of its parts, start-up, compilation, peak memory. The limit
+is what the step's matrix products alone would take: their FLOPs, counted by torch while the same script runs eagerly,
+over the rate of a batch x width x width product, measured in the same process in the same precision.
+
+    python benchmark/speed.py --cores 0 --out benchmark/results/speed.csv
+    python benchmark/speed.py --cores 0 1 --suite default
+    python benchmark/speed.py --device cuda --suite paper
+"""
+
+import csv
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
+
+ROOT = Path(__file__).parent.parent
+PAPER = "--critic-dim 1024 --sigma-dim 512 --batch-size 512"
+SUITES = {
+    "default": {"default": "", "--bf16": "--bf16", "--no-compile": "--no-compile", "--no-crossq": "--no-crossq"},
+    "paper": {"paper's sizes": PAPER, "paper's sizes --bf16": f"{PAPER} --bf16"},
+    "growth": {
+        **{f"K = {k}": f"--flow-steps {k}" for k in (1, 2, 8, 16)},
+        **{f"width {w}": f"--critic-dim {w} --sigma-dim {w}" for w in (512, 1024)},
+        "Humanoid-v4": "--env-id Humanoid-v4",
+    },
+}
+PARTS = ("environment", "act", "critic", "actor", "rest")
+COLUMNS = (
+    "script", "configuration", "device", "cores", "steps_per_s", "limit_steps_per_s", "fraction", "mflop_per_step",
+    "gflop_per_s", *(f"{part}_ms" for part in PARTS), "start_s", "compile_s", "peak_mib",
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    """Flags of the command line."""
+
+    cores: list[int] = field(default_factory=lambda: [0])
+    """cores to pin each run to; as many threads as cores"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where to train"""
+    suite: Literal["default", "paper", "growth", "all"] = "all"
+    """which configurations to run"""
+    scripts: list[str] = field(default_factory=lambda: ["sac_flow_g", "sac_flow_t"])
+    """scripts by name, found beside the README or in benchmark/"""
+    root: Path = ROOT
+    """folder of the scripts: another checkout's, to compare versions"""
+    rounds: int = 1
+    """repetitions of everything, in turn"""
+    seconds: float = 8
+    """time measured per run, after compilation"""
+    out: Optional[Path] = None
+    """CSV to append to"""
+    child: Optional[str] = None
+    """used by the program itself: one run, as JSON"""
+
+
+class Measured(BaseException):
+    """Ends the script's training loop once enough has been measured."""
+
+
+class Clock:
+    """Adds up the time that a script's functions take, by part of the step."""
+
+    def __init__(self, job: dict):
+        self.seconds, self.warm_up = job["seconds"], job["random_steps"] + job["warm_up"]
+        self.limit = job["steps"]  # or None
+        self.spent, self.first_calls, self.steps, self.part = dict.fromkeys(PARTS, 0.0), {}, 0, None
+        self.first_step = self.measured_from = None
+        self.cuda = job["device"] == "cuda"
+
+    def timed(self, part, function):
+        """`function`, with its time added to `part`; its first call, which may compile, is kept apart."""
+
+        def clocked(*args, **kwargs):
+            self.part = part or self.part  # an optimizer's step belongs to the loss before it
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            if self.cuda:
+                import torch
+
+                torch.cuda.synchronize()
+            elapsed = time.perf_counter() - start
+            if (self.part, clocked) not in self.first_calls:
+                self.first_calls[self.part, clocked] = elapsed
+            self.spent[self.part] += elapsed
+            return result
+
+        return clocked
+
+    def step(self) -> None:
+        """Called before every environment step."""
+        now = time.perf_counter()
+        self.first_step = self.first_step or now
+        if self.steps == self.warm_up:
+            self.measured_from, self.spent = now, dict.fromkeys(PARTS, 0.0)
+        elif self.measured_from and (now - self.measured_from > self.seconds or self.steps == self.limit):
+            self.elapsed = now - self.measured_from
+            raise Measured
+        self.steps += 1
+
+
+def run_script(job: dict, flags: list[str], clock: Clock) -> None:
+    """Train with the script `job` names, its functions clocked, until the clock has seen enough."""
+    sys.path[:0] = [job["root"], str(Path(job["root"]) / "benchmark")]
+    script = importlib.reload(importlib.import_module(job["script"]))
+    make_env, find_compiler = script.make_env, script.find_compiler
+
+    def clocked_env(*args):
+        env = make_env(*args)
+        step = clock.timed("environment", env.step)
+
+        def counted_step(action):
+            clock.step()
+            return step(action)
+
+        env.step = counted_step
+        return env
+
+    def clocked_compiler(device):
+        compile, names = find_compiler(device), {"critic_loss": "critic", "actor_loss": "actor"}
+        return lambda function: clock.timed(names.get(function.__name__, "act"), compile(function))
+
+    script.make_env, script.find_compiler = clocked_env, clocked_compiler
+    if "--no-compile" in flags:  # the rollout of one observation is then part of the rest
+        script.critic_loss = clock.timed("critic", script.critic_loss)
+        script.actor_loss = clock.timed("actor", script.actor_loss)
+    script.descend = clock.timed(None, script.descend)
+    if clock.cuda:  # there a part is a graph: its functions run inside only to be recorded
+
+        class Graph(script.CudaGraph):
+            def __init__(self, function):
+                super().__init__(function)
+                name = {"update_critic": "critic", "update_actor": "actor"}.get(function.__name__, "act")
+                self.replay = clock.timed(name, super().__call__)
+
+            def __call__(self):
+                self.replay()
+
+        script.find_compiler, script.descend, script.CudaGraph = find_compiler, script.descend, Graph
+    sys.argv = [job["script"], *flags]
+    try:
+        script.main()
+    except Measured:
+        pass
+
+
+def child(job: dict) -> None:
+    """One run in this process; prints one JSON line."""
+    os.sched_setaffinity(0, job["cores"])
+    started = time.perf_counter()
+    import torch
+
+    torch.set_num_threads(len(job["cores"]))
+    flags = ["--env-id", "Hopper-v4", "--random-steps", str(job["random_steps"]), *job["flags"].split()]
+    flags += ["--cuda" if job["device"] == "cuda" else "--no-cuda"]
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        clock = Clock(job)
+        run_script(job, flags, clock)
+        rest = clock.elapsed - sum(clock.spent.values())
+        steps = clock.steps - clock.warm_up
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if clock.cuda:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+
+        # FLOPs of six steps (two of the actor's updates at the default delay), counted in eager mode on the CPU.
+        from torch.utils.flop_counter import FlopCounterMode
+
+        count = Clock({**job, "seconds": 1e9, "warm_up": 1, "steps": job["random_steps"] + 7, "device": "cpu"})
+        counter = FlopCounterMode(display=False)
+        begin = count.step
+        totals = []
+
+        def step():
+            if count.steps in (count.warm_up, count.limit):
+                totals.append(counter.get_total_flops())
+            begin()
+
+        count.step = step
+        with counter:
+            run_script(job, [*flags, "--no-compile", "--no-cuda"], count)
+        flop = (totals[1] - totals[0]) / 6
+
+    value = dict(zip(flags[::2], flags[1::2], strict=False))
+    width, batch = int(value.get("--critic-dim", 256)), int(value.get("--batch-size", 256))
+    x, w = (torch.randn(rows, width, device=job["device"]) for rows in (2 * batch, width))
+    best = float("inf")
+    for _ in range(30):
+        start = time.perf_counter()
+        for _ in range(20):
+            torch.mm(x, w)
+        if clock.cuda:
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - start) / 20)
+    rate = 2 * x.numel() * width / best
+
+    sps = steps / clock.elapsed
+    row = dict(
+        script=job["script"], configuration=job["name"], device=job["device"], cores=len(job["cores"]),
+        steps_per_s=round(sps, 1), limit_steps_per_s=round(rate / flop, 1), fraction=round(sps * flop / rate, 2),
+        mflop_per_step=round(flop / 1e6), gflop_per_s=round(rate / 1e9), start_s=round(clock.first_step - started, 1),
+        compile_s=round(sum(clock.first_calls.values()), 1), peak_mib=round(peak),
+    )  # fmt: skip
+    for part, spent in {**clock.spent, "rest": rest}.items():
+        row[f"{part}_ms"] = round(1000 * spent / steps, 2)
+    print(json.dumps(row))
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__)
+    if args.child:
+        return child(json.loads(args.child))
+    suites = SUITES if args.suite == "all" else [args.suite]
+    jobs = [(name, flags) for suite in suites for name, flags in SUITES[suite].items()]
+    rows = []
+    for _ in range(args.rounds):
+        for name, flags in jobs:
+            for script in args.scripts:
+                job = dict(
+                    script=script, name=name, flags=flags, device=args.device, cores=args.cores, seconds=args.seconds,
+                    random_steps=1000, warm_up=40, steps=None, root=str(args.root.resolve()),
+                )  # fmt: skip
+                done = subprocess.run(
+                    [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True
+                )
+                if done.returncode:
+                    sys.exit(f"speed.py: error: {script} with {flags or 'its defaults'}: {done.stderr.strip()[-500:]}")
+                rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+                if len(rows) == 1:
+                    print("|" + "|".join(COLUMNS) + "|\n|" + "-|" * len(COLUMNS))
+                print("|" + "|".join(str(rows[-1][column]) for column in COLUMNS) + "|", flush=True)
+                if args.out:
+                    new = not args.out.exists()
+                    with open(args.out, "a", newline="") as file:
+                        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                        if new:
+                            writer.writeheader()
+                        writer.writerow(rows[-1])
+
+
+if __name__ == "__main__":
+    main()
