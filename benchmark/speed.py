@@ -26,6 +26,7 @@ from typing import Literal, Optional
 ROOT = Path(__file__).parent.parent
 PAPER = "--critic-dim 1024 --sigma-dim 512 --batch-size 512"
 SUITES = {
+    "baseline": {"default": ""},
     "default": {"default": "", "--bf16": "--bf16", "--no-compile": "--no-compile", "--no-crossq": "--no-crossq"},
     "paper": {"paper's sizes": PAPER, "paper's sizes --bf16": f"{PAPER} --bf16"},
     "growth": {
@@ -49,7 +50,7 @@ class Args:
     """cores to pin each run to; as many threads as cores"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where to train"""
-    suite: Literal["default", "paper", "growth", "all"] = "all"
+    suite: Literal["baseline", "default", "paper", "growth", "all"] = "all"
     """which configurations to run"""
     scripts: list[str] = field(default_factory=lambda: ["sac_flow_g", "sac_flow_t"])
     """scripts by name, found beside the README or in benchmark/"""
@@ -223,7 +224,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.child:
         return child(json.loads(args.child))
-    suites = SUITES if args.suite == "all" else [args.suite]
+    suites = ["default", "growth", "paper"] if args.suite == "all" else [args.suite]
     jobs = [(name, flags) for suite in suites for name, flags in SUITES[suite].items()]
     rows = []
     for _ in range(args.rounds):

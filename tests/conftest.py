@@ -1,4 +1,4 @@
-"""What the tests share: both scripts as modules, and a way to run them as a user does."""
+"""What the tests share: the scripts as modules, and a way to run them as a user does."""
 
 import importlib
 import os
@@ -13,8 +13,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "tests")]
 SCRIPTS = ["sac_flow_g", "sac_flow_t"]
+FLOWS = [*SCRIPTS, "sac_flow_naive"]
 SMALL = "--critic-dim 16 --sigma-dim 16 --velocity-dim 16 --batch-size 16 --no-compile --no-cuda".split()
 
 
@@ -24,16 +25,22 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def script(name):
-    """Each script in turn, imported."""
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same, whatever ran before it."""
     torch.manual_seed(0)
-    return importlib.import_module(name)
+
+
+@pytest.fixture(params=FLOWS)
+def script(request):
+    """Each script in turn, the control included, imported."""
+    return importlib.import_module(request.param)
 
 
 def command(name: str, *flags: str) -> list[str]:
     """The command line of a script."""
-    return [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
+    (path,) = (path for path in (ROOT / f"{name}.py", ROOT / "benchmark" / f"{name}.py") if path.exists())
+    return [sys.executable, str(path), *map(str, flags)]
 
 
 @pytest.fixture

@@ -74,6 +74,23 @@ def test_compiled_with_target_networks(run, tmp_path):
     assert state["log_alpha"].exp() == pytest.approx(0.25)
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize("device", ["--no-cuda", pytest.param("--cuda", marks=needs_cuda)])
+def test_compiled_is_eager(run, tmp_path, device):
+    """Twelve updates, four of the actor (on CUDA the last are graphs), from one seed: equal up to rounding."""
+    for i, flag in enumerate(("--no-compile", "--compile")):
+        done = run(*PENDULUM, device, flag, "--total-timesteps", 112)
+        assert done.returncode == 0 and "going on without it" not in done.stderr, done.stderr
+        the_run(tmp_path).rename(tmp_path / str(i))
+    eager, compiled = (checkpoint(tmp_path / str(i)) for i in range(2))
+    assert eager["updates"] == 12 and eager["losses"].ne(0).all()
+    torch.testing.assert_close(compiled["losses"], eager["losses"], rtol=1e-3, atol=1e-4)
+    for part in ("actor", "critics"):
+        torch.testing.assert_close(compiled[part], eager[part], rtol=1e-2, atol=1e-3)
+
+
 def test_without_a_compiler_it_goes_on(run, tmp_path):
     flags = ["--env-id", "InvertedPendulum-v4", "--total-timesteps", 120, "--random-steps", 100, *SMALL, "--compile"]
     none = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": "/nowhere"}
@@ -125,6 +142,19 @@ def test_terminal_and_truncated_transitions(run, tmp_path):
     even = obs[:, 0] % 2 == 0
     assert torch.equal(terminated.bool(), even & (obs[:, 1] == 4))
     assert (obs[~even][:, 1] == 6).any() and len(rows) == 48  # truncated episodes ran their 7 steps
+
+
+def test_the_control_runs_resumes_and_evaluates_alike(run, tmp_path):
+    flags = [*PENDULUM, "--total-timesteps"]
+    assert run(*flags, 150, name="sac_flow_naive").returncode == 0
+    whole = the_run(tmp_path).rename(tmp_path / "whole")
+    assert run(*flags, 130, name="sac_flow_naive").returncode == 0
+    folder = the_run(tmp_path)
+    assert run("--resume", folder, "--total-timesteps", 150, name="sac_flow_naive").returncode == 0
+    assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
+    done = run("--evaluate", folder, name="sac_flow_naive")
+    assert done.returncode == 0 and "deterministic: return" in done.stdout
+    assert_refused(run("--evaluate", folder, name="sac_flow_g"), "sac_flow_naive", "sac_flow_g")
 
 
 # --- checkpoints ---
@@ -390,7 +420,7 @@ def test_learns_to_walk_home(run, tmp_path, crossq):
 # --- CUDA ---
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_cuda
 @pytest.mark.parametrize("flags", [["--compile"], ["--no-compile", "--no-crossq"]])
 def test_cuda(run, tmp_path, flags):
     done = run(*PENDULUM, "--cuda", "--total-timesteps", 300, *flags)

@@ -144,3 +144,60 @@ def test_actor_loss_flows_through_every_step(script):
     assert all(p.grad.abs().sum() > 0 for n, p in actor.named_parameters() if "query" not in n and "key" not in n)
     norms = script.gradient_norms(actor, critics, obs, noise, 0.1)
     assert norms.shape == (5,) and (norms > 0).all()
+
+
+def a_small_update(script, device):
+    """An update in the style of the scripts': it draws from the buffer and the generator and works in place."""
+    buffer = script.ReplayBuffer(50, 2, 1, device)
+    for i in range(40):
+        buffer.add(np.full(2, i / 40), [0.5], 0.0, False, np.zeros(2))
+    critic, losses = script.Critic(2, 1, 8, script.BatchRenorm).to(device), torch.zeros(1, device=device)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2, fused=True, capturable=True)
+
+    def update():
+        obs, action, *_ = buffer.sample(16)
+        loss = (critic(obs, action) - torch.randn(16, device=device)).square().mean()
+        script.descend(optimizer, loss)
+        losses[:] = loss.detach()
+
+    return update, critic, losses
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_graph_is_the_plain_update(script):
+    """Eight updates, plain and as a graph, from one seed; and the generator is left at the same place."""
+    results = []
+    for wrap in (lambda function: function, script.CudaGraph):
+        torch.manual_seed(0)
+        update, critic, losses = a_small_update(script, torch.device("cuda"))
+        update = wrap(update)
+        history = []
+        for _ in range(8):
+            update()
+            history.append(losses.clone())
+        results.append((torch.cat(history), critic.state_dict(), torch.randn(3, device="cuda")))
+    torch.testing.assert_close(results[1], results[0])
+    assert results[0][0].unique().numel() == 8  # every replay drew anew
+
+
+def test_buffer_draws_from_what_is_filled(script):
+    """Also after the length has changed, which a CUDA graph reads from `size`."""
+    buffer = script.ReplayBuffer(50, 1, 1, torch.device("cpu"))
+    for i in range(3):
+        buffer.add([i], [0.0], 0.0, False, [0.0])
+        assert set(buffer.sample(200)[0].flatten().tolist()) == set(range(i + 1))
+    other = script.ReplayBuffer(50, 1, 1, torch.device("cpu"))
+    other.refill(buffer.filled(), buffer.added)
+    assert set(other.sample(200)[0].flatten().tolist()) == {0, 1, 2}
+
+
+def test_matmul_precision_rounds_only_when_asked(script):
+    """Without --bf16 the products are float32, whichever library computes them."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert script.matmul_precision(torch.device("cpu"), bf16=True) == "medium"
+        torch.set_float32_matmul_precision(script.matmul_precision(torch.device("cpu"), bf16=False))
+        x, y = torch.rand(2, 256, 256)
+        torch.testing.assert_close(x @ y, (x.double() @ y.double()).float(), rtol=5e-6, atol=0)
+    finally:
+        torch.set_float32_matmul_precision(before)
