@@ -246,8 +246,8 @@ def test_gradient_norms_stay_level_where_a_plain_velocitys_grow(k):
     A step multiplies the gradient by I + dt J for the plain velocity and, the gate being open, by (1 - dt) I + dt J
     for Flow-G: over K steps a factor near e less growth for the same J. (With unscaled weights J is small and that
     factor is the whole ratio: Flow-G 3, plain 1.1. Gates pay when weights have grown.) Flow-T's read-out is
-    normalised, so that scaling what comes before it does not scale J. Measured here, geometric mean over 20 seeds,
-    K = 2, 4, 8, 16: Flow-G 2.3 to 2.8, Flow-T 1.3, plain 3.4 to 5.7. Hence the bound, 3.1.
+    normalised, so that scaling what comes before it does not scale J. Measured here, geometric mean over 40 seeds,
+    K = 2, 4, 8, 16: Flow-G 2.3 to 2.5, Flow-T 1.2, plain 3.1 to 4.8. Hence the bound, 2.7.
     """
 
     def ratio(name, seed):
@@ -263,5 +263,5 @@ def test_gradient_norms_stay_level_where_a_plain_velocitys_grow(k):
         norms = torch.autograd.grad((path[-1] @ torch.randn(6)).sum(), probe)[0].norm(dim=2).mean(1)
         return (norms.max() / norms.min()).log()
 
-    mean_ratio = {name: torch.stack([ratio(name, seed) for seed in range(20)]).mean().exp() for name in FLOWS}
-    assert mean_ratio["sac_flow_g"] < 3.1 and mean_ratio["sac_flow_t"] < 3.1 < mean_ratio["sac_flow_naive"]
+    mean_ratio = {name: torch.stack([ratio(name, seed) for seed in range(40)]).mean().exp() for name in FLOWS}
+    assert mean_ratio["sac_flow_g"] < 2.7 and mean_ratio["sac_flow_t"] < 2.7 < mean_ratio["sac_flow_naive"]
