@@ -109,8 +109,8 @@ class Args:
     """learn alpha such that the entropy of the path meets --target-entropy"""
     alpha: float = 0.02
     """entropy coefficient: its start, or its value with --no-autotune"""
-    target_entropy: float = 0.0
-    """target of the path's entropy in nats, all dimensions and steps together"""
+    target_entropy: Optional[float] = None
+    """target of the policy's entropy in nats, all dimensions (and a flow's steps) together; default 0, Gaussian -D"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
@@ -290,6 +290,7 @@ class Actor(nn.Module):
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
         self.flow_steps, self.drift_correction, self.action_dim = flow_steps, drift_correction, len(low)
+        self.target_entropy = 0.0  # the paper's, of the path
         self.norm = renorm(obs_dim)
         self.velocity_net = Velocity(obs_dim, self.action_dim, **velocity)
         self.sigma_net = nn.Sequential(
@@ -331,11 +332,15 @@ class Actor(nn.Module):
         log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - a - F.softplus(-2 * a))
         return torch.tanh(a) * self.scale + self.bias, log_prob.sum(1), torch.stack(path)
 
+    def noise(self, batch: int):
+        """What a rollout of `batch` observations starts from: (K+1, B, D) of unit Gaussians."""
+        shape = self.flow_steps + 1, batch, self.action_dim
+        return torch.randn(shape, device=self.scale.device, dtype=self.scale.dtype)
+
     def act(self, obs, deterministic: bool = False):
         """Actions (B, D) for obs (B, obs_dim); deterministic: from A_0 = 0 without noise."""
-        noise = torch.zeros if deterministic else torch.randn
-        noise = noise(self.flow_steps + 1, len(obs), self.action_dim, device=obs.device, dtype=obs.dtype)
-        return self.rollout(obs, noise)[0]
+        noise = self.noise(len(obs))
+        return self.rollout(obs, torch.zeros_like(noise) if deterministic else noise)[0]
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
@@ -474,7 +479,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     check(0 <= args.gamma <= 1, "gamma", "in [0, 1]")
     check(0 <= args.adam_b1 < 1, "adam_b1", "in [0, 1)")
     check(0 < args.tau <= 1, "tau", "in (0, 1]")
-    check(math.isfinite(args.target_entropy), "target_entropy", "finite")
+    check(args.target_entropy is None or math.isfinite(args.target_entropy), "target_entropy", "finite")
     check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda: this torch finds no CUDA device; use --no-cuda")
@@ -616,8 +621,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     renorm = partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
-    velocity = {name[len("velocity_") :]: size for name, size in vars(args).items() if name.startswith("velocity_")}
     try:
+        velocity = {name[len("velocity_") :]: n for name, n in vars(args).items() if name.startswith("velocity_")}
         actor = Actor(
             obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel(), flow_steps=args.flow_steps,
             drift_correction=args.drift_correction, sigma_dim=args.sigma_dim, renorm=renorm, **velocity,
@@ -625,7 +630,7 @@ def main() -> None:
         critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm) for _ in range(2)).to(device)
         buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
-        fail(f"{str(error).splitlines()[0]} (sizes: --buffer-size, --critic-dim, --sigma-dim, --velocity-dim)")
+        fail(f"{str(error).splitlines()[0]} (sizes: --buffer-size and the flags that end in -dim)")
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
         print(f"{run} at step {checkpoint['step']}")
@@ -636,6 +641,7 @@ def main() -> None:
         return
 
     targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
+    target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
     log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
     adam = partial(torch.optim.Adam, betas=(args.adam_b1, 0.999), fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
@@ -707,17 +713,14 @@ def main() -> None:
     fast_critic_loss, fast_actor_loss = jit(critic_loss), jit(actor_loss)
     policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
 
-    def noise(batch: int) -> torch.Tensor:
-        return torch.randn(args.flow_steps + 1, batch, action_dim, device=device)
-
     # The three parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
     def act() -> None:
         with torch.no_grad():
-            policy_action.copy_(policy(policy_obs, noise(1))[0])
+            policy_action.copy_(policy(policy_obs, actor.noise(1))[0])
 
     def update_critic() -> None:
         batch, alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
-        loss, q = fast_critic_loss(actor, critics, targets, batch, noise(args.batch_size), alpha, args.gamma)
+        loss, q = fast_critic_loss(actor, critics, targets, batch, actor.noise(args.batch_size), alpha, args.gamma)
         descend(critic_optimizer, loss)
         if targets:
             with torch.no_grad():
@@ -728,11 +731,11 @@ def main() -> None:
         (obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
         actor.norm.train()  # it normalises by running statistics, but for its own update
         critics.eval()
-        loss, log_prob = fast_actor_loss(actor, critics, obs, noise(args.batch_size), alpha)
+        loss, log_prob = fast_actor_loss(actor, critics, obs, actor.noise(args.batch_size), alpha)
         descend(actor_optimizer, loss)  # leaves gradients in the critics, cleared before their own
         actor.norm.eval()
         critics.train()
-        loss_alpha = alpha_loss(log_alpha, log_prob, args.target_entropy)
+        loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
         if args.autotune:
             descend(alpha_optimizer, loss_alpha)
         losses[2:] = torch.stack([loss.detach(), loss_alpha.detach(), alpha, -log_prob])
@@ -816,7 +819,7 @@ def main() -> None:
                     if updates // args.actor_delay % 1000 == 0:
                         critics.eval()
                         (batch_obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
-                        norms = gradient_norms(actor, critics, batch_obs, noise(args.batch_size), alpha)
+                        norms = gradient_norms(actor, critics, batch_obs, actor.noise(args.batch_size), alpha)
                         critics.train()
                         for i, norm in enumerate(norms.tolist()):
                             writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
@@ -44,10 +45,10 @@ def command(name: str, *flags: str) -> list[str]:
 
 
 @pytest.fixture
-def run(name, tmp_path):
-    """Runs each script in turn in a fresh folder: `run(*flags)` returns the finished process."""
+def start(tmp_path):
+    """Runs a script in a fresh folder: `start(*flags, name=...)` returns the finished process."""
 
-    def run(*flags: str, name=name, env=None, **kwargs) -> subprocess.CompletedProcess:
+    def start(*flags: str, name: str, env=None, **kwargs) -> subprocess.CompletedProcess:
         environ = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **(env or {})}
         for display in ("DISPLAY", "WAYLAND_DISPLAY"):
             environ.pop(display, None)
@@ -55,4 +56,10 @@ def run(name, tmp_path):
             command(name, *flags), cwd=tmp_path, env=environ, text=True, capture_output=True, timeout=500, **kwargs
         )
 
-    return run
+    return start
+
+
+@pytest.fixture
+def run(name, start):
+    """Runs each script in turn in a fresh folder: `run(*flags)` returns the finished process."""
+    return partial(start, name=name)

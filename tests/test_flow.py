@@ -265,3 +265,25 @@ def test_gradient_norms_stay_level_where_a_plain_velocitys_grow(k):
 
     mean_ratio = {name: torch.stack([ratio(name, seed) for seed in range(40)]).mean().exp() for name in FLOWS}
     assert mean_ratio["sac_flow_g"] < 2.7 and mean_ratio["sac_flow_t"] < 2.7 < mean_ratio["sac_flow_naive"]
+
+
+def test_gaussian_density_is_that_of_torch_distributions():
+    import sac_gaussian as script
+
+    actor = script.Actor(5, LOW, HIGH, dim=16)
+    for parameter in actor.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    actor.double()
+    obs = torch.randn(6, 5).double()
+    action, log_prob, path = actor.rollout(obs, actor.noise(6))
+    mean, log_std = actor.net(obs).chunk(2, dim=1)
+    gaussian = torch.distributions.Normal(mean, (-1.5 + 3.5 * log_std.tanh()).exp())
+    squash = [
+        torch.distributions.TanhTransform(cache_size=1),
+        torch.distributions.AffineTransform(actor.bias, actor.scale),
+    ]
+    expected = torch.distributions.TransformedDistribution(gaussian, squash).log_prob(action).sum(1)
+    torch.testing.assert_close(log_prob, expected)
+    assert path.shape == (1, 6, 3) and actor.target_entropy == -3
+    mode = actor.act(obs, deterministic=True)
+    torch.testing.assert_close(mode, torch.tanh(mean) * actor.scale + actor.bias)

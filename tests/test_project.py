@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 G, T, NAIVE = ROOT / "sac_flow_g.py", ROOT / "sac_flow_t.py", ROOT / "benchmark" / "sac_flow_naive.py"
+GAUSSIAN = ROOT / "benchmark" / "sac_gaussian.py"
 
 
 @pytest.mark.parametrize("other", [T, NAIVE], ids=lambda path: path.stem)
@@ -20,6 +21,23 @@ def test_the_diff_is_the_paper(other):
             assert g != t, name
         else:
             assert g == t, f"{name}:\n" + "\n".join(difflib.unified_diff(g.splitlines(), t.splitlines(), lineterm=""))
+
+
+def test_the_gaussian_differs_in_its_policy_alone():
+    """sac_gaussian.py is sac_flow_g.py but for docstring, policy flags, policy and the lines that build it."""
+    differing = [
+        r'\A""".*?"""\n',
+        r"    # \w+ policy\n.*?(?=\n\ndef fail\()",
+        r"class (?:TimeEmbedding|Actor)\(.*?(?=\n\ndef critic_loss\()",
+        r"    try:\n        (?:velocity|low, high) = .*?(?=        critics = nn.ModuleList\()",
+    ]
+    rests = [path.read_text() for path in (G, GAUSSIAN)]
+    for pattern in differing:
+        found = [re.findall(pattern, rest, re.S) for rest in rests]
+        assert [len(matches) for matches in found] == [1, 1] and found[0] != found[1], pattern
+        rests = [re.sub(pattern, "", rest, flags=re.S) for rest in rests]
+    g, gaussian = (rest.splitlines() for rest in rests)
+    assert g == gaussian, "\n".join(difflib.unified_diff(g, gaussian, lineterm=""))
 
 
 def split(text: str) -> list[tuple[str, str]]:
@@ -43,14 +61,14 @@ def split(text: str) -> list[tuple[str, str]]:
 
 def test_script_metadata_equals_requirements():
     requirements = (ROOT / "requirements.txt").read_text().split("\n")[:-1]
-    for path in (G, T, NAIVE):
+    for path in (G, T, NAIVE, GAUSSIAN):
         block = re.search(r"^# /// script\n(.*?)^# ///\n", path.read_text(), re.M | re.S)[1]
         assert re.findall(r'^#     "(.*)",$', block, re.M) == requirements
         assert '# requires-python = ">=3.10"\n' in block
 
 
 def test_every_flag_is_documented():
-    for path in (G, T, NAIVE):
+    for path in (G, T, NAIVE, GAUSSIAN):
         body = path.read_text().split("class Args:")[1].split("\n\n\n")[0]
         fields = re.findall(r"^    (\w+): .*\n(.*)", body, re.M)
         assert len(fields) > 25 and all(line.startswith('    """') for _, line in fields)

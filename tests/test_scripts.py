@@ -144,17 +144,20 @@ def test_terminal_and_truncated_transitions(run, tmp_path):
     assert (obs[~even][:, 1] == 6).any() and len(rows) == 48  # truncated episodes ran their 7 steps
 
 
-def test_the_control_runs_resumes_and_evaluates_alike(run, tmp_path):
-    flags = [*PENDULUM, "--total-timesteps"]
-    assert run(*flags, 150, name="sac_flow_naive").returncode == 0
+@pytest.mark.parametrize("control", ["sac_flow_naive", "sac_gaussian"])
+def test_controls_run_resume_and_evaluate_alike(tmp_path, control, start):
+    flags = ["--env-id", "InvertedPendulum-v4", "--random-steps", 100, "--no-compile", "--no-cuda", "--total-timesteps"]
+    done = start(*flags, 150, name=control)
+    assert done.returncode == 0, done.stderr
     whole = the_run(tmp_path).rename(tmp_path / "whole")
-    assert run(*flags, 130, name="sac_flow_naive").returncode == 0
+    assert start(*flags, 130, name=control).returncode == 0
     folder = the_run(tmp_path)
-    assert run("--resume", folder, "--total-timesteps", 150, name="sac_flow_naive").returncode == 0
+    assert start("--resume", folder, "--total-timesteps", 150, name=control).returncode == 0
     assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
-    done = run("--evaluate", folder, name="sac_flow_naive")
+    done = start("--evaluate", folder, name=control)
     assert done.returncode == 0 and "deterministic: return" in done.stdout
-    assert_refused(run("--evaluate", folder, name="sac_flow_g"), "sac_flow_naive", "sac_flow_g")
+    assert_refused(start("--evaluate", folder, name="sac_flow_g"), control, "sac_flow_g")
+    assert_refused(start("--gamma", 2, name=control), "--gamma")
 
 
 # --- checkpoints ---

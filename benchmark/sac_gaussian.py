@@ -1,0 +1,797 @@
+"""SAC with the usual tanh-Gaussian policy, on the same critic and in the same skeleton: the baseline of SAC Flow.
+
+An action is one draw from a diagonal Gaussian, squashed. All but the policy is the text of sac_flow_g.py, so that a
+difference in a run is the policy's doing. "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905; with
+BatchRenorm and without target networks as "CrossQ", arXiv 1902.05605.
+
+    python benchmark/sac_gaussian.py --env-id Hopper-v4
+    python benchmark/sac_gaussian.py --resume runs/<name>
+    python benchmark/sac_gaussian.py --evaluate runs/<name> --capture-video
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.8.1",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "numpy>=1.26,<3",
+# ]
+# ///
+
+import contextlib
+import copy
+import csv
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from collections import deque
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, Optional
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+LOSSES = ("qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy")
+
+
+@dataclass
+class Args:
+    """Flags of the command line; `alpha_lr` is --alpha-lr."""
+
+    # What to run
+    env_id: str = "Hopper-v4"
+    """Gymnasium id with 1-D Box observations and bounded Box actions; `my_package:MyEnv-v0` imports my_package first"""
+    seed: int = 1
+    """seed of every random generator"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the whole run"""
+    cuda: bool = torch.cuda.is_available()
+    """train on the GPU (the default where there is one)"""
+    compile: bool = True
+    """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
+    bf16: bool = False
+    """let matrix products round their float32 factors to bfloat16 (TF32 on a GPU) where that is faster"""
+    capture_video: bool = False
+    """write videos of some training episodes, or of those of --evaluate, to <run>/videos"""
+    track: bool = False
+    """mirror the TensorBoard log to Weights & Biases"""
+    save_every: int = 50_000
+    """steps between checkpoints; each is saved at the next end of an episode, and one at the end of the run"""
+    resume: Optional[str] = None
+    """folder of a run to continue, bit for bit, from its checkpoint"""
+    evaluate: Optional[str] = None
+    """folder of a run whose saved policy is played instead of training"""
+
+    # Soft actor-critic
+    buffer_size: int = 1_000_000
+    """capacity of the replay buffer in transitions"""
+    batch_size: int = 256
+    """transitions per update"""
+    random_steps: int = 5_000
+    """uniformly random actions before learning starts"""
+    gamma: float = 0.99
+    """discount factor"""
+    critic_lr: float = 1e-3
+    """learning rate of the critics"""
+    # actor_lr and alpha were chosen together on Hopper-v4: from the paper's alpha 0.2 the entropy term first inflates
+    # sigma (path entropy 14 for a target of 0) and Flow-G stood near 660 at step 30 000; with these, near 1 460.
+    actor_lr: float = 1e-3
+    """learning rate of the actor"""
+    alpha_lr: float = 1e-3
+    """learning rate of the entropy coefficient"""
+    adam_b1: float = 0.5
+    """beta1 of every Adam optimizer"""
+    critic_dim: int = 256
+    """width of the two hidden layers of each critic"""
+    actor_delay: int = 3
+    """critic updates per update of actor and alpha"""
+    autotune: bool = True
+    """learn alpha such that the entropy of the path meets --target-entropy"""
+    alpha: float = 0.02
+    """entropy coefficient: its start, or its value with --no-autotune"""
+    target_entropy: Optional[float] = None
+    """target of the policy's entropy in nats, all dimensions (and a flow's steps) together; default 0, Gaussian -D"""
+    crossq: bool = True
+    """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
+    tau: float = 0.005
+    """with --no-crossq: step of the target networks' moving average"""
+    renorm_warmup: int = 100_000
+    """training batches for which a BatchRenorm is plain batch normalisation (the actor's sees one per actor update)"""
+
+    # Gaussian policy
+    policy_dim: int = 256
+    """width of the two hidden layers of the network for mean and sigma"""
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line on standard error and exit code 2."""
+    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
+    raise SystemExit(2)
+
+
+class ReplayBuffer:
+    """Ring buffer on the training device. A transition is one row, so adding and sampling are one copy each."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = [obs_dim, action_dim, 1, 1, obs_dim]  # obs, action, reward, terminated, next_obs
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.added = 0  # transitions ever added; the next one goes to row added % capacity
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # len(self) where a CUDA graph can read it
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, obs, action, reward, terminated, next_obs) -> None:
+        """Store one transition: numpy vectors and scalars. `next_obs` is what the step returned, never a reset's."""
+        row = np.concatenate([obs, action, [reward, terminated], next_obs]).astype(np.float32)
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        self.added += 1
+        self.size.fill_(len(self))
+
+    def sample(self, batch_size: int) -> list[torch.Tensor]:
+        """Uniform batch: obs (B, obs_dim), action (B, D), reward (B,), terminated (B,), next_obs (B, obs_dim)."""
+        index = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
+        obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, dim=1)
+        return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
+
+    def filled(self) -> torch.Tensor:
+        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
+        return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
+
+    def refill(self, rows: torch.Tensor, added: int) -> None:
+        """Put back what `filled` returned, after `added` transitions."""
+        self.rows[: len(rows)].copy_(rows)
+        self.added = added
+        self.size.fill_(len(self))
+
+    def last_actions(self, n: int) -> np.ndarray:
+        """The last n actions added, oldest first, (n, D)."""
+        index = torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)
+        return self.rows[index].split(self.widths, dim=1)[1].cpu().numpy()
+
+    def last_obs(self) -> np.ndarray:
+        """The next_obs of the last transition added, (obs_dim,)."""
+        return self.rows[(self.added - 1) % len(self.rows)].split(self.widths)[4].cpu().numpy()
+
+
+class BatchRenorm(nn.Module):
+    """Batch renormalisation (Ioffe, 2017) of (B, dim): normalises training batches by the running statistics.
+
+    y = ((x - mean) / std * r + d) * weight + bias,  r = std / running_std,  d = (mean - running_mean) / running_std,
+    with r and d clipped and without gradient. For the first `warmup` batches r = 1, d = 0: plain batch norm.
+    """
+
+    def __init__(self, dim: int, momentum=0.99, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
+        super().__init__()
+        self.momentum, self.eps, self.r_max, self.d_max, self.warmup = momentum, eps, r_max, d_max, warmup
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        # Everything is folded into one scale and one shift per feature, so x is read once for the statistics and
+        # once for the result.
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return x * scale + (self.bias - self.running_mean * scale)
+        var, mean = torch.var_mean(x, dim=0, correction=0)
+        std = torch.sqrt(var + self.eps)
+        with torch.no_grad():
+            running_std = torch.sqrt(self.running_var + self.eps)
+            warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
+            r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
+            d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+            self.running_mean.lerp_(mean, 1 - self.momentum)
+            self.running_var.lerp_(var, 1 - self.momentum)
+            self.batches.add_(1)
+        scale = self.weight * r / std
+        return x * scale + (self.bias + self.weight * d - mean * scale)
+
+
+class Critic(nn.Module):
+    """Q(s, a): two hidden layers; with `renorm` (a factory, dim -> module) normalised before each Linear, as CrossQ."""
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int, renorm=lambda dim: nn.Identity()):
+        super().__init__()
+        self.net = nn.Sequential(
+            renorm(obs_dim + action_dim),
+            nn.Linear(obs_dim + action_dim, dim), nn.ReLU(), renorm(dim),
+            nn.Linear(dim, dim), nn.ReLU(), renorm(dim),
+            nn.Linear(dim, 1),
+        )  # fmt: skip
+
+    def forward(self, obs, action):
+        """(B, obs_dim), (B, D) -> (B,)"""
+        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
+
+
+class Actor(nn.Module):
+    """Gaussian policy: a = tanh(mean(s) + sigma(s) eps) to the action bounds.
+
+    Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
+    bounds, `renorm` is a factory dim -> module that normalises observations.
+    """
+
+    def __init__(self, obs_dim: int, action_low, action_high, *, dim: int = 256, renorm=lambda dim: nn.Identity()):
+        super().__init__()
+        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
+        self.action_dim, self.target_entropy = len(low), -float(len(low))  # -D is what SAC made customary
+        self.norm = renorm(obs_dim)
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, dim), nn.ReLU(),
+            nn.Linear(dim, dim), nn.ReLU(),
+            nn.Linear(dim, 2 * self.action_dim),
+        )  # fmt: skip
+        self.register_buffer("scale", (high - low) / 2)
+        self.register_buffer("bias", (high + low) / 2)
+
+    def rollout(self, obs, noise, probe=None):
+        """Sample actions and their density.
+
+        obs (B, obs_dim); noise (1, B, D) of unit Gaussians.
+        Returns action (B, D) in the environment's units, log_prob (B,) = log p(action | s), path (1, B, D), the action
+        before tanh. `probe`, zeros of path's shape, is added to it: its gradient is dL/dA.
+        """
+        mean, log_std = self.net(self.norm(obs)).chunk(2, dim=1)
+        log_std = -1.5 + 3.5 * torch.tanh(log_std)  # (B, D) in [-5, 2]
+        a = mean + log_std.exp() * noise[0]
+        a = a if probe is None else a + probe[0]
+        log_prob = -0.5 * (noise[0] ** 2 + math.log(2 * math.pi)) - log_std
+        # log|da/dA|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
+        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - a - F.softplus(-2 * a))
+        return torch.tanh(a) * self.scale + self.bias, log_prob.sum(1), a[None]
+
+    def noise(self, batch: int):
+        """What a sample of `batch` actions starts from: (1, B, D) of unit Gaussians."""
+        return torch.randn((1, batch, self.action_dim), device=self.scale.device, dtype=self.scale.dtype)
+
+    def act(self, obs, deterministic: bool = False):
+        """Actions (B, D) for obs (B, obs_dim); deterministic: tanh of the mean."""
+        noise = self.noise(len(obs))
+        return self.rollout(obs, torch.zeros_like(noise) if deterministic else noise)[0]
+
+
+def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
+    """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log p_c(path')).
+
+    `targets` are the target networks, or None for CrossQ: then Q(s, a) and Q(s', a') come from one forward of both
+    halves, so that BatchRenorm sees the mixture of both distributions. Returns the loss and mean Q.
+    """
+    obs, action, reward, terminated, next_obs = batch
+    with torch.no_grad():
+        next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
+    if targets is None:
+        both = torch.cat([obs, next_obs]), torch.cat([action, next_action])
+        q, next_q = torch.stack([critic(*both) for critic in critics]).chunk(2, dim=1)  # (2, B) each
+        next_q = next_q.detach()
+    else:
+        q = torch.stack([critic(obs, action) for critic in critics])
+        with torch.no_grad():
+            next_q = torch.stack([target(next_obs, next_action) for target in targets])
+    y = reward + gamma * (1 - terminated) * (next_q.amin(0) - alpha * next_log_prob)
+    return 0.5 * (q - y).square().mean(1).sum(), q.detach().mean()
+
+
+def actor_loss(actor, critics, obs, noise, alpha):
+    """mean(alpha log p_c - min_j Q_j(s, a)), its gradient through all K steps. Returns the loss and mean log p_c."""
+    action, log_prob, _ = actor.rollout(obs, noise)
+    q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
+    return (alpha * log_prob - q).mean(), log_prob.detach().mean()
+
+
+def alpha_loss(log_alpha, log_prob, target_entropy):
+    """alpha * (entropy - target): alpha falls while the paths' entropy, mean -log p_c, exceeds its target."""
+    return log_alpha.exp() * (-log_prob - target_entropy)
+
+
+def descend(optimizer, loss) -> None:
+    """One step of `optimizer` on `loss`."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def gradient_norms(actor, critics, obs, noise, alpha):
+    """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible."""
+    probe = torch.zeros_like(noise, requires_grad=True)
+    action, log_prob, _ = actor.rollout(obs, noise, probe)
+    q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
+    (gradient,) = torch.autograd.grad((alpha * log_prob - q).sum(), probe)
+    return gradient.norm(dim=2).mean(1)  # (K+1,)
+
+
+def load_checkpoint(folder: str) -> dict:
+    """Read <folder>/checkpoint.pt; stops the program if it is missing, damaged or written by another script."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"no checkpoint at {path}: name the folder of a run that has saved one, such as runs/<name>")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load would not notice a flipped bit
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        state = None
+    if state is None:
+        fail(f"{path} is truncated or corrupted: restore it from a copy, or start a new run")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
+        fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
+    if set(state["args"]) != {field.name for field in fields(Args)}:
+        fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
+    return state
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write <folder>/checkpoint.pt such that at any instant a complete one is there. Raises OSError if it cannot."""
+    temporary = folder / "checkpoint.pt.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {folder / 'checkpoint.pt'} ({error})") from error
+
+
+def random_states(device: torch.device) -> dict:
+    """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
+    name, key, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
+
+
+def set_random_states(states: dict, device: torch.device) -> None:
+    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    random.setstate(states["python"])
+    name, key, *rest = states["numpy"]
+    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if (states["cuda"] is not None) != (device.type == "cuda"):
+        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+    elif states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def parse_args() -> tuple[Args, Optional[dict]]:
+    """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
+    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    if args.resume and args.evaluate:
+        fail("--resume and --evaluate exclude each other")
+    if folder := args.resume or args.evaluate:
+        checkpoint = load_checkpoint(folder)
+        saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
+        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
+        args = tyro.cli(Args, description=__doc__, default=saved)
+        may_change = {"total_timesteps", "cuda", "compile", "capture_video", "track", "save_every"}
+        for field in fields(Args):
+            old, new = getattr(saved, field.name), getattr(args, field.name)
+            if old != new and field.name not in may_change:
+                fail(f"--{field.name.replace('_', '-')} {new} conflicts with {old} of {folder}: drop the flag")
+        if args.resume and args.total_timesteps <= checkpoint["step"]:
+            fail(f"{folder} has reached step {checkpoint['step']}: raise --total-timesteps to go on")
+
+    def check(ok: bool, name: str, requirement: str) -> None:
+        if not ok:
+            fail(f"--{name.replace('_', '-')} must be {requirement}, not {getattr(args, name)}")
+
+    for field in fields(Args):
+        value = getattr(args, field.name)
+        if field.name in ("seed", "random_steps", "renorm_warmup"):
+            check(0 <= value < 2**32, field.name, "0 or more, and below 2^32")
+        elif type(value) is int:
+            check(value >= 1, field.name, "1 or more")
+        elif field.name.endswith("_lr") or field.name == "alpha":
+            check(0 < value < math.inf, field.name, "above 0")
+    check(0 <= args.gamma <= 1, "gamma", "in [0, 1]")
+    check(0 <= args.adam_b1 < 1, "adam_b1", "in [0, 1)")
+    check(0 < args.tau <= 1, "tau", "in (0, 1]")
+    check(args.target_entropy is None or math.isfinite(args.target_entropy), "target_entropy", "finite")
+    check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda: this torch finds no CUDA device; use --no-cuda")
+    return args, checkpoint
+
+
+def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
+    """gym.make with one-line errors for environments that do not exist or that this script cannot control."""
+    warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the paper reports
+    try:
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+    except Exception as error:  # a user's environment may raise anything
+        fail(f"--env-id {env_id}: {(str(error) or type(error).__name__).splitlines()[0]}")
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
+    if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
+        fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
+    extent = action.high.astype(np.float32) - action.low.astype(np.float32)
+    if not (np.isfinite(extent).all() and (extent > 0).all()):
+        fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
+    return env
+
+
+def check_video(env: gym.Env) -> None:
+    """Refuse --capture-video where it cannot work; `env` is made with render_mode="rgb_array"."""
+    try:
+        import moviepy  # noqa: F401
+    except ImportError:
+        fail("--capture-video needs moviepy: pip install -r benchmark/requirements.txt")
+    try:
+        env.reset(seed=0)
+        env.render()
+    except Exception as error:
+        fail(f"--capture-video: cannot render here ({error}); without a display set MUJOCO_GL=egl or osmesa")
+
+
+def to_obs(obs) -> np.ndarray:
+    """An environment's observation as float32, the type in which it is stored and fed to the networks."""
+    return np.asarray(obs, dtype=np.float32)
+
+
+def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
+    return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
+
+
+def evaluate(actor: Actor, env: gym.Env, seed: int) -> dict[str, float]:
+    """Print and return the mean returns of 10 deterministic and 10 stochastic episodes, reset with seed + 0..9."""
+    actor.eval()
+    means = {}
+    for kind in ("deterministic", "stochastic"):
+        returns = np.zeros(10)
+        for i in range(len(returns)):
+            obs, done = env.reset(seed=seed + i)[0], False
+            while not done:
+                obs = torch.from_numpy(to_obs(obs)).to(actor.scale.device)[None]
+                with torch.no_grad():
+                    action = actor.act(obs, deterministic=kind == "deterministic")[0].cpu().numpy()
+                obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
+                returns[i] += float(reward)
+                done = terminated or truncated
+        means[f"eval/{kind}_return"] = float(returns.mean())
+        print(f"{kind}: return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
+    return means
+
+
+def find_compiler(device: torch.device):
+    """torch.compile if it works on this machine, else the identity and a note."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        print("the first update compiles the losses, for up to a minute", file=sys.stderr)
+        # Without guards: each function always meets the same shapes and modes, and checking that cost 0.2 ms a call.
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        return lambda function: torch.compile(function, dynamic=False, options=options)
+    except Exception:
+        print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
+        return lambda function: function
+
+
+def matmul_precision(device: torch.device, bf16: bool) -> str:
+    """The precision to ask for in the updates: "medium" if products may be rounded, or if it rounds nothing here.
+
+    On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
+    computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
+    """
+    x = torch.rand(256, 256, device=device)
+    torch.set_float32_matmul_precision("medium")
+    medium = x @ x
+    torch.set_float32_matmul_precision("highest")
+    return "medium" if bf16 or torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
+
+
+class CudaGraph:
+    """`function()` as one CUDA graph: its launch costs the host one call in place of one for every kernel.
+
+    The function takes nothing and returns nothing: it works on tensors that live as long as it does, and draws from
+    the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
+    """
+
+    def __init__(self, function, plain_calls: int = 3):
+        self.function, self.plain_calls, self.graph = function, plain_calls, None
+
+    def __call__(self) -> None:
+        if self.plain_calls:
+            self.plain_calls -= 1
+            stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, runs nothing
+                self.function()
+        self.graph.replay()
+
+
+def main() -> None:
+    args, checkpoint = parse_args()
+    device = torch.device("cuda" if args.cuda else "cpu")
+    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if args.capture_video and headless:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    render_mode = "rgb_array" if args.capture_video else "human" if args.evaluate and not headless else None
+    env = make_env(args.env_id, render_mode)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
+    run = Path(args.resume or args.evaluate or "runs")
+    if not (args.resume or args.evaluate):
+        run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    if args.capture_video:
+        check_video(env)
+    videos = partial(gym.wrappers.RecordVideo, video_folder=str(run / "videos"), disable_logger=True)
+
+    precision = matmul_precision(device, args.bf16)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+
+    renorm = partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
+    try:
+        low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
+        actor = Actor(obs_dim, low, high, dim=args.policy_dim, renorm=renorm).to(device)
+        critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm) for _ in range(2)).to(device)
+        buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
+        fail(f"{str(error).splitlines()[0]} (sizes: --buffer-size and the flags that end in -dim)")
+    if args.evaluate:
+        actor.load_state_dict(checkpoint["actor"])
+        print(f"{run} at step {checkpoint['step']}")
+        if args.capture_video:
+            env = videos(env, name_prefix="evaluation", episode_trigger=lambda episode: True)
+        evaluate(actor, env, args.seed)
+        env.close()
+        return
+
+    targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
+    target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
+    log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
+    adam = partial(torch.optim.Adam, betas=(args.adam_b1, 0.999), fused=True, capturable=True)
+    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
+    critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
+    alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
+    learned = {
+        "actor": actor, "critics": critics, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer,
+        "alpha_optimizer": alpha_optimizer, **({"targets": targets} if targets else {}),
+    }  # fmt: skip
+    losses = torch.zeros(len(LOSSES), device=device)
+    step, updates, seconds, saved_step, csv_length = 0, 0, 0.0, 0, 0
+    if checkpoint:
+        for name, part in learned.items():
+            part.load_state_dict(checkpoint[name])
+        log_alpha.data.copy_(checkpoint["log_alpha"])
+        losses.copy_(checkpoint["losses"])
+        buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
+        step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
+        saved_step, csv_length = step, checkpoint["csv_length"]
+        if not (run / "returns.csv").is_file() or (run / "returns.csv").stat().st_size < csv_length:
+            fail(f"{run / 'returns.csv'} is shorter than when the checkpoint was saved: restore it from a copy")
+
+    if args.track:
+        try:
+            import wandb
+
+            wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        except ImportError:
+            fail("--track needs wandb: pip install -r benchmark/requirements.txt")
+        except Exception as error:
+            fail(f"--track: {(str(error) or type(error).__name__).splitlines()[0]}")
+    try:
+        run.mkdir(parents=True, exist_ok=bool(checkpoint))
+        (run / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
+        csv_file = open(run / "returns.csv", "r+" if checkpoint else "w", newline="")
+        csv_file.truncate(csv_length)
+    except OSError as error:
+        fail(f"cannot write to {run}: {error.strerror}")
+    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    csv_file.seek(csv_length)
+    returns_csv = csv.writer(csv_file, lineterminator="\n")
+    if not checkpoint:
+        returns_csv.writerow(["step", "return", "length", "seconds"])
+
+    env.reset(seed=args.seed)
+    env.action_space.seed(args.seed)
+    env_random, space_random = env.unwrapped.np_random.bit_generator, env.action_space.np_random.bit_generator
+    if args.capture_video:
+        env = videos(env, name_prefix=f"from-step-{step}")
+    episode_return, episode_length = 0.0, 0
+    if checkpoint:
+        set_random_states(checkpoint["random"], device)
+        env_random.state, space_random.state = checkpoint["env_random"], checkpoint["space_random"]
+        episode_length = checkpoint["episode_length"]
+    episode_random = env_random.state  # before the reset: where this episode can be replayed from
+    obs = to_obs(env.reset()[0])
+    if episode_length:  # the run stopped in an episode: the same reset and actions lead back to the same state
+        for action in buffer.last_actions(min(episode_length, len(buffer))):
+            next_obs, reward, *_ = env.step(to_action(action, env.action_space))
+            obs, episode_return = to_obs(next_obs), episode_return + float(reward)
+        if episode_length > len(buffer) or not np.array_equal(obs, buffer.last_obs()):
+            print("note: the interrupted episode could not be replayed; starting a new one", file=sys.stderr)
+            episode_random, episode_return, episode_length = env_random.state, 0.0, 0
+            obs = to_obs(env.reset()[0])
+
+    jit = find_compiler(device) if args.compile else lambda function: function
+    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+    fast_critic_loss, fast_actor_loss = jit(critic_loss), jit(actor_loss)
+    policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
+
+    # The three parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
+    def act() -> None:
+        with torch.no_grad():
+            policy_action.copy_(policy(policy_obs, actor.noise(1))[0])
+
+    def update_critic() -> None:
+        batch, alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
+        loss, q = fast_critic_loss(actor, critics, targets, batch, actor.noise(args.batch_size), alpha, args.gamma)
+        descend(critic_optimizer, loss)
+        if targets:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
+        losses[:2] = torch.stack([loss.detach(), q])
+
+    def update_actor() -> None:
+        (obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
+        actor.norm.train()  # it normalises by running statistics, but for its own update
+        critics.eval()
+        loss, log_prob = fast_actor_loss(actor, critics, obs, actor.noise(args.batch_size), alpha)
+        descend(actor_optimizer, loss)  # leaves gradients in the critics, cleared before their own
+        actor.norm.eval()
+        critics.train()
+        loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
+        if args.autotune:
+            descend(alpha_optimizer, loss_alpha)
+        losses[2:] = torch.stack([loss.detach(), loss_alpha.detach(), alpha, -log_prob])
+
+    if args.compile and args.cuda:
+        act, update_critic, update_actor = CudaGraph(act), CudaGraph(update_critic), CudaGraph(update_actor)
+
+    history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
+
+    def save() -> None:
+        """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
+        nonlocal saved_step
+        csv_file.flush()
+        os.fsync(csv_file.fileno())
+        mean_losses()
+        for name in ("actor", "critics"):
+            for parameter, value in learned[name].state_dict().items():
+                if not value.isfinite().all():
+                    diverged(step, f"{name}.{parameter}")
+        state = {name: part.state_dict() for name, part in learned.items()}
+        state.update(
+            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), losses=losses, buffer=buffer.filled(),
+            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start,
+            csv_length=csv_file.tell(), random=random_states(device), space_random=space_random.state,
+            env_random=episode_random, episode_length=episode_length,
+        )  # fmt: skip
+        save_checkpoint(run, state)
+        saved_step = step
+
+    def kept() -> str:
+        return f"the checkpoint of step {saved_step} is kept: --resume {run}" if saved_step else "no checkpoint yet"
+
+    def diverged(step: int, name: str) -> NoReturn:
+        fail(f"step {step}: {name} is NaN or infinite; {kept()}")
+
+    def mean_losses() -> torch.Tensor:
+        """Means of the losses since the last call, after a check of each: the updates wait for the host only here."""
+        rows = torch.stack(history).cpu() if history else torch.zeros(1, len(LOSSES))
+        for row, column in (~rows.isfinite()).nonzero().tolist():
+            diverged(step - len(rows) + 1 + row, LOSSES[column])
+        history.clear()
+        return rows.mean(0)
+
+    signals = []  # Ctrl-C or a kill is acted upon at the end of the step; the same again stops at once
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    actor.eval()
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
+    try:
+        while step < args.total_timesteps and not signals:
+            if not np.isfinite(obs).all():
+                diverged(step, "observation")
+            if step < args.random_steps:
+                action = env.action_space.sample().ravel().astype(np.float32)
+            else:
+                policy_obs.copy_(torch.from_numpy(obs))
+                act()
+                action = policy_action.cpu().numpy()
+                if not np.isfinite(action).all():
+                    mean_losses()  # if a loss diverged before, it is the one to name
+                    diverged(step, "action")
+            next_obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
+            next_obs, reward, step = to_obs(next_obs), float(reward), step + 1
+            if not math.isfinite(reward):
+                diverged(step, "reward")
+            if not np.isfinite(next_obs).all():  # before it is stored
+                diverged(step, "observation")
+            buffer.add(obs, action, reward, terminated, next_obs)  # truncation is not termination: it bootstraps
+            obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
+            bar.update()
+
+            if step > args.random_steps:
+                torch.set_float32_matmul_precision(precision)
+                update_critic()
+                if updates % args.actor_delay == 0:
+                    update_actor()
+                    if updates // args.actor_delay % 1000 == 0:
+                        critics.eval()
+                        (batch_obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
+                        norms = gradient_norms(actor, critics, batch_obs, actor.noise(args.batch_size), alpha)
+                        critics.train()
+                        for i, norm in enumerate(norms.tolist()):
+                            writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
+                torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
+                updates += 1
+                history.append(losses.clone())
+                if step % 100 == 0:
+                    means = mean_losses().tolist()
+                    for name, value in zip(LOSSES, means, strict=True):
+                        writer.add_scalar(f"losses/{name}", value, step)
+                    sps = (step - first_step) / (time.time() - start)
+                    writer.add_scalar("charts/SPS", sps, step)
+                    recent = f"{np.mean(last_returns):.0f}" if last_returns else "-"
+                    bar.set_postfix({"return": recent, "alpha": f"{means[4]:.3g}"}, refresh=False)
+
+            if terminated or truncated:
+                elapsed = seconds + time.time() - start
+                writer.add_scalar("charts/episodic_return", episode_return, step)
+                writer.add_scalar("charts/episodic_length", episode_length, step)
+                returns_csv.writerow([step, episode_return, episode_length, round(elapsed, 2)])
+                csv_file.flush()
+                last_returns.append(episode_return)
+                episode_random, episode_return, episode_length = env_random.state, 0.0, 0
+                if step - saved_step >= args.save_every:
+                    save()
+                obs = to_obs(env.reset()[0])
+        save()
+    except OSError as error:
+        fail(f"step {step}: {error}; {kept()}")
+    finally:
+        bar.close()
+        env.close()
+        for file in (writer, csv_file):
+            with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
+                file.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if step < args.total_timesteps:
+        print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
+        raise SystemExit(128 + signals[0])
+    with SummaryWriter(run) as writer:
+        for name, value in evaluate(actor, make_env(args.env_id), args.seed).items():
+            writer.add_scalar(name, value, step)
+    print(f"saved in {run}")
+
+
+if __name__ == "__main__":
+    main()
