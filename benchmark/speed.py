@@ -21,7 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, NoReturn, Optional
 
 ROOT = Path(__file__).parent.parent
 PAPER = "--critic-dim 1024 --sigma-dim 512 --batch-size 512"
@@ -58,12 +58,20 @@ class Args:
     """folder of the scripts: another checkout's, to compare versions"""
     rounds: int = 1
     """repetitions of everything, in turn"""
+    extra: str = ""
+    """flags added to every configuration's"""
     seconds: float = 8
     """time measured per run, after compilation"""
     out: Optional[Path] = None
     """CSV to append to"""
     child: Optional[str] = None
     """used by the program itself: one run, as JSON"""
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line on standard error and exit code 2."""
+    print(f"speed: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 class Measured(BaseException):
@@ -225,7 +233,13 @@ def main() -> None:
     if args.child:
         return child(json.loads(args.child))
     suites = ["default", "growth", "paper"] if args.suite == "all" else [args.suite]
-    jobs = [(name, flags) for suite in suites for name, flags in SUITES[suite].items()]
+    jobs = [(name, f"{flags} {args.extra}") for suite in suites for name, flags in SUITES[suite].items()]
+    for script in args.scripts:
+        if not any((folder / f"{script}.py").is_file() for folder in (args.root, args.root / "benchmark")):
+            fail(f"--scripts {script}: no {script}.py in {args.root} or its benchmark/")
+    available = os.sched_getaffinity(0)
+    if not args.cores or not set(args.cores) <= available:
+        fail(f"--cores {' '.join(map(str, args.cores))}: this machine has {' '.join(map(str, sorted(available)))}")
     rows = []
     for _ in range(args.rounds):
         for name, flags in jobs:
@@ -238,7 +252,7 @@ def main() -> None:
                     [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True
                 )
                 if done.returncode:
-                    sys.exit(f"speed.py: error: {script} with {flags or 'its defaults'}: {done.stderr.strip()[-500:]}")
+                    fail(f"{script} with {flags.strip() or 'its defaults'}: {done.stderr.strip().splitlines()[-1]}")
                 rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
                 if len(rows) == 1:
                     print("|" + "|".join(COLUMNS) + "|\n|" + "-|" * len(COLUMNS))

@@ -1,0 +1,249 @@
+"""Does a flow rollout's gradient explode, and do gates and decoders cure it? What is measured, whatever it says.
+
+For every velocity (naive, Flow-G, Flow-T) and rollout length K: the norm of dL/dA_i at each step of the rollout, and
+the largest singular values of the steps' Jacobians I + dt dv/dA_i and of their product, the linear map that carries
+the gradient from A_K back to A_0. At initialisation L = u . A_K with a random unit vector u; `--weight-scales`
+multiplies the velocity's weight matrices, as training may do. With `--runs`, also: the norms that training logged,
+and the Jacobians at each run's checkpoint, on observations of its replay buffer.
+
+    python benchmark/gradient_norms.py --out benchmark/results/gradients
+    python benchmark/gradient_norms.py --runs runs/Hopper-v4__* --out benchmark/results/gradients
+
+Writes <out>/init.csv, training.csv, checkpoints.csv and a figure of each: means over seeds, bars of the range.
+"""
+
+import csv
+import importlib
+import json
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+NAMES = {"sac_flow_naive": "naive", "sac_flow_g": "Flow-G", "sac_flow_t": "Flow-T"}
+COLORS = {"sac_flow_naive": "#888888", "sac_flow_g": "#c44e52", "sac_flow_t": "#4c72b0"}
+
+
+@dataclass
+class Args:
+    """Flags of the command line."""
+
+    out: Path = Path("gradients")
+    """folder for CSVs and figures"""
+    flow_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    """K at initialisation"""
+    weight_scales: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.5])
+    """factors of the velocity's weight matrices at initialisation"""
+    seeds: int = 10
+    """networks per point at initialisation"""
+    obs_dim: int = 27
+    """observation size at initialisation: Ant-v4's"""
+    action_dim: int = 8
+    """action size at initialisation: Ant-v4's"""
+    runs: list[Path] = field(default_factory=list)
+    """folders of runs of sac_flow_naive.py, sac_flow_g.py or sac_flow_t.py"""
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line on standard error and exit code 2."""
+    print(f"gradient_norms: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def jacobians(actor, path, obs):
+    """I + dt dv/dA_i along a rollout: path (K+1, B, D), obs (B, obs_dim) -> (K, B, D, D)."""
+    k, d = actor.flow_steps, actor.action_dim
+    steps = []
+    for i in range(k):
+        a = path[i].detach().requires_grad_()
+        v = actor.velocity(i / k, a, obs)
+        rows = [torch.autograd.grad(v[:, j].sum(), a, retain_graph=True)[0] for j in range(d)]
+        steps.append(torch.eye(d) + torch.stack(rows, dim=1) / k)
+    return torch.stack(steps)
+
+
+def measure(actor, obs, loss) -> list[dict]:
+    """One row for every step i of a rollout from `obs`, means over the batch (geometric for singular values).
+
+    grad_norm |dL/dA_i|, L = loss(action, log_prob, path) per observation; sigma_max of I + dt dv/dA_i; product_sigma
+    of the product from step i to K. At i = K there is no step: both are 1.
+    """
+    noise = actor.noise(len(obs))
+    probe = torch.zeros_like(noise, requires_grad=True)
+    action, log_prob, path = actor.rollout(obs, noise, probe)
+    (gradient,) = torch.autograd.grad(loss(action, log_prob, path).sum(), probe)
+    steps, product, rows = jacobians(actor, path, obs), torch.eye(actor.action_dim), []
+    for i in range(actor.flow_steps, -1, -1):
+        single = torch.eye(actor.action_dim)
+        if i < actor.flow_steps:
+            single = steps[i]
+            product = product @ single
+        sigma, product_sigma = (torch.linalg.matrix_norm(m, 2).log().mean().exp().item() for m in (single, product))
+        rows.append(dict(i=i, grad_norm=gradient[i].norm(dim=1).mean().item(), sigma=sigma, product=product_sigma))
+    return rows[::-1]
+
+
+def at_initialisation(args: Args):
+    """Rows of init.csv."""
+    for name in NAMES:
+        script = importlib.import_module(name)
+        for k in args.flow_steps:
+            for scale in args.weight_scales:
+                for seed in range(args.seeds):
+                    torch.manual_seed(seed)
+                    bounds = [-1.0] * args.action_dim, [1.0] * args.action_dim
+                    actor = script.Actor(args.obs_dim, *bounds, flow_steps=k)
+                    with torch.no_grad():
+                        for weight in actor.velocity_net.parameters():
+                            weight.mul_(scale if weight.ndim == 2 else 1)
+                    u = torch.nn.functional.normalize(torch.randn(args.action_dim), dim=0)
+                    for row in measure(actor, torch.randn(64, args.obs_dim), lambda a, p, path, u=u: path[-1] @ u):
+                        yield dict(script=name, K=k, weight_scale=scale, seed=seed, **row)
+
+
+def described(run: Path) -> dict:
+    """Script, environment, K and seed of a run; stops the program if the folder is none of ours."""
+    try:
+        args = json.loads((run / "args.json").read_text())
+        name = next(name for name in NAMES if f"__{name}__" in run.resolve().name)
+    except (OSError, ValueError, StopIteration):
+        fail(f"{run}: not the folder of a run of {', '.join(NAMES)}; --runs takes runs/<name>")
+    return dict(script=name, env_id=args["env_id"], K=args["flow_steps"], seed=args["seed"])
+
+
+def through_training(run: Path):
+    """Rows of training.csv: what the run logged as flow/grad_norm_step_<i>."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events, known = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload(), described(run)
+    for i in range(known["K"] + 1):
+        for event in events.Scalars(f"flow/grad_norm_step_{i}"):
+            yield dict(**known, step=event.step, i=i, grad_norm=event.value)
+
+
+def at_checkpoint(run: Path):
+    """Rows of checkpoints.csv: the actor's own loss, and Jacobians, on 256 observations of the run's buffer."""
+    known = described(run)
+    if not (run / "checkpoint.pt").is_file():
+        fail(f"{run}: no checkpoint.pt in it; --runs takes runs that have saved one")
+    state, script = torch.load(run / "checkpoint.pt", weights_only=True), importlib.import_module(known["script"])
+    args = state["args"]
+    obs_dim = state["actor"]["velocity_net.from_obs.weight"].shape[1]
+    scale, bias = state["actor"]["scale"], state["actor"]["bias"]
+    renorm = script.BatchRenorm if args["crossq"] else lambda dim: torch.nn.Identity()
+    velocity = {flag[len("velocity_") :]: n for flag, n in args.items() if flag.startswith("velocity_")}
+    actor = script.Actor(
+        obs_dim, bias - scale, bias + scale, flow_steps=args["flow_steps"], drift_correction=args["drift_correction"],
+        sigma_dim=args["sigma_dim"], renorm=renorm, **velocity,
+    )  # fmt: skip
+    critics = torch.nn.ModuleList(script.Critic(obs_dim, len(scale), args["critic_dim"], renorm) for _ in range(2))
+    actor.load_state_dict(state["actor"])
+    critics.load_state_dict(state["critics"])
+    actor.eval(), critics.eval()
+    torch.manual_seed(0)
+    obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), :obs_dim]
+    alpha = state["log_alpha"].exp()
+
+    def loss(action, log_prob, path):
+        return alpha * log_prob - torch.stack([critic(obs, action) for critic in critics]).amin(0)
+
+    for row in measure(actor, obs, loss):
+        yield dict(**known, step=state["step"], **row)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Rows as CSV, numbers to five significant digits."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    print(f"wrote {path}")
+
+
+def growth_by_step(rows: list[dict], keys: list[str], column: str) -> dict:
+    """{values of keys: {i: [column of every seed]}}, each relative to that of the rollout's last step."""
+    last = {}
+    for row in rows:
+        if row["i"] == row["K"]:
+            last[tuple(row[key] for key in [*keys, "seed"])] = row[column]
+    curves = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        reference = last[tuple(row[key] for key in [*keys, "seed"])]
+        curves[tuple(row[key] for key in keys)][row["i"]].append(row[column] / reference)
+    return curves
+
+
+def panel(axis, curves: dict, fixed: tuple, title: str) -> None:
+    """One line per velocity: geometric mean over seeds against the step, bars from least to largest."""
+    for name in NAMES:
+        curve = curves.get((name, *fixed))
+        if not curve:
+            continue
+        x = sorted(curve)
+        mean = [math.exp(sum(map(math.log, curve[i])) / len(curve[i])) for i in x]
+        low, high = (
+            [max(0.0, s * (m - f(curve[i]))) for i, m in zip(x, mean, strict=True)] for f, s in ((min, 1), (max, -1))
+        )
+        axis.errorbar(x, mean, yerr=[low, high], label=NAMES[name], color=COLORS[name], capsize=2, marker="o", ms=3)
+    axis.axhline(1, color="black", lw=0.5)
+    axis.set(yscale="log", title=title, xlabel="step i of the rollout")
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        import matplotlib
+    except ImportError:
+        fail("figures need matplotlib: pip install -r benchmark/requirements.txt")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for run in args.runs:
+        described(run)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the networks are small
+    tables = {"init": list(at_initialisation(args))}
+    if args.runs:
+        tables["training"] = [row for run in args.runs for row in through_training(run)]
+        tables["checkpoints"] = [row for run in args.runs for row in at_checkpoint(run)]
+    for name, rows in tables.items():
+        write(args.out / f"{name}.csv", rows)
+
+    largest = max(args.flow_steps)
+    curves = growth_by_step(tables["init"], ["script", "K", "weight_scale"], "grad_norm")
+    figure, axes = plt.subplots(1, len(args.weight_scales), figsize=(4 * len(args.weight_scales), 3.4), sharey=True)
+    for axis, scale in zip(figure.axes, args.weight_scales, strict=True):
+        panel(axis, curves, (largest, scale), f"weights x {scale:g}, K = {largest}")
+    figure.axes[0].set_ylabel("|dL/dA_i| / |dL/dA_K|")
+    figure.axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(args.out / "init.png", dpi=120)
+    for name in ("training", "checkpoints"):
+        if name not in tables:
+            continue
+        rows = tables[name]
+        if name == "training":  # the last norms of every run
+            final = {(r["script"], r["env_id"], r["K"], r["seed"]): r["step"] for r in rows}
+            rows = [r for r in rows if r["step"] == final[r["script"], r["env_id"], r["K"], r["seed"]]]
+        curves = growth_by_step(rows, ["script", "env_id", "K"], "grad_norm")
+        panels = sorted({key[1:] for key in curves})
+        figure = plt.figure(figsize=(4 * len(panels), 3.4))
+        for index, fixed in enumerate(panels):
+            axis = figure.add_subplot(1, len(panels), index + 1)
+            panel(axis, curves, fixed, f"{fixed[0]}, K = {fixed[1]}")
+        figure.axes[0].set_ylabel("|dL/dA_i| / |dL/dA_K|")
+        figure.axes[0].legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(args.out / f"{name}.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

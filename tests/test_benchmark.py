@@ -1,0 +1,72 @@
+"""What benchmark/ measures is what it says."""
+
+import csv
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FLOWS, ROOT, SMALL
+from torch import nn
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_gradient_norms_are_the_product_of_jacobians(name):
+    """One action, one observation, no drift correction: |dL/dA_i| is the product of the steps' factors."""
+    import gradient_norms
+
+    script = importlib.import_module(name)
+    actor = script.Actor(3, [-1.0], [1.0], flow_steps=5, drift_correction=False)
+    for parameter in actor.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    rows = gradient_norms.measure(actor, torch.randn(1, 3), lambda action, log_prob, path: 2 * path[-1].sum(1))
+    assert [row["i"] for row in rows] == list(range(6)) and rows[5] == dict(i=5, grad_norm=2, sigma=1, product=1)
+    for row, following in zip(rows, rows[1:], strict=False):
+        assert row["grad_norm"] == pytest.approx(2 * row["product"], rel=1e-4)
+        assert row["product"] == pytest.approx(row["sigma"] * following["product"], rel=1e-4)
+
+
+def program(name, folder, *flags):
+    """A finished run of a program of benchmark/."""
+    path = ROOT / "benchmark" / f"{name}.py"
+    return subprocess.run(
+        [sys.executable, path, *map(str, flags)], cwd=folder, text=True, capture_output=True, timeout=500
+    )
+
+
+def test_gradient_norms_of_runs(start, tmp_path):
+    flags = ["--env-id", "InvertedPendulum-v4", "--random-steps", 100, "--total-timesteps", 120, "--flow-steps", 2]
+    for name in ("sac_flow_naive", "sac_flow_t"):
+        assert start(*flags, *SMALL, name=name).returncode == 0
+    runs = sorted((tmp_path / "runs").iterdir())
+    few = ["--flow-steps", 1, 2, "--weight-scales", 1, 3, "--seeds", 2, "--out", tmp_path / "out"]
+    done = program("gradient_norms", tmp_path, *few, "--runs", *runs)
+    assert done.returncode == 0, done.stderr
+    tables = {path.stem: list(csv.DictReader(open(path))) for path in (tmp_path / "out").glob("*.csv")}
+    assert len(tables["init"]) == 3 * 2 * 2 * (2 + 3)  # velocities, scales, seeds, steps of K = 1 and 2
+    assert {row["script"] for row in tables["training"]} == {"sac_flow_naive", "sac_flow_t"}
+    assert {(row["K"], row["i"]) for row in tables["checkpoints"]} == {("2", str(i)) for i in range(3)}
+    assert all(float(row["grad_norm"]) > 0 for table in tables.values() for row in table)
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"init", "training", "checkpoints"}
+    done = program("gradient_norms", tmp_path, "--runs", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(tmp_path) in done.stderr
+
+
+def test_speed_measures_a_script(tmp_path):
+    """Eager, so that it is quick: parts and rest are the whole step, and the FLOPs are those of the networks."""
+    out = tmp_path / "speed.csv"
+    flags = ["--suite", "baseline", "--scripts", "sac_flow_g", "--extra=--no-compile", "--seconds", 1, "--out", out]
+    done = program("speed", tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    (row,) = csv.DictReader(open(out))
+    step = sum(float(row[f"{part}_ms"]) for part in ("environment", "act", "critic", "actor", "rest"))
+    assert step == pytest.approx(1000 / float(row["steps_per_s"]), rel=0.02)
+    assert float(row["critic_ms"]) > float(row["actor_ms"]) > 0 and float(row["environment_ms"]) > 0
+    assert float(row["fraction"]) == pytest.approx(
+        float(row["steps_per_s"]) / float(row["limit_steps_per_s"]), abs=0.01
+    )
+    # Two critics of 14-256-256-1 on 512 rows, three products each, are the larger part: 426 MFLOP of the step's.
+    assert 426 < int(row["mflop_per_step"]) < 750
+    done = program("speed", tmp_path, "--scripts", "nothing", "--suite", "baseline")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nothing" in done.stderr
