@@ -128,11 +128,11 @@ def through_training(run: Path):
             yield dict(**known, step=event.step, i=i, grad_norm=event.value)
 
 
-def at_checkpoint(run: Path):
-    """Rows of checkpoints.csv: the actor's own loss, and Jacobians, on 256 observations of the run's buffer."""
+def load(run: Path):
+    """The networks of a run's checkpoint in evaluation mode, and the checkpoint: (actor, critics, state)."""
     known = described(run)
     if not (run / "checkpoint.pt").is_file():
-        fail(f"{run}: no checkpoint.pt in it; --runs takes runs that have saved one")
+        fail(f"{run}: no checkpoint.pt in it; name the folder of a run that has saved one")
     state, script = torch.load(run / "checkpoint.pt", weights_only=True), importlib.import_module(known["script"])
     args = state["args"]
     obs_dim = state["actor"]["velocity_net.from_obs.weight"].shape[1]
@@ -146,16 +146,21 @@ def at_checkpoint(run: Path):
     critics = torch.nn.ModuleList(script.Critic(obs_dim, len(scale), args["critic_dim"], renorm) for _ in range(2))
     actor.load_state_dict(state["actor"])
     critics.load_state_dict(state["critics"])
-    actor.eval(), critics.eval()
+    return actor.eval(), critics.eval(), state
+
+
+def at_checkpoint(run: Path):
+    """Rows of checkpoints.csv: the actor's own loss, and Jacobians, on 256 observations of the run's buffer."""
+    actor, critics, state = load(run)
     torch.manual_seed(0)
-    obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), :obs_dim]
+    obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.velocity_net.from_obs.in_features]
     alpha = state["log_alpha"].exp()
 
     def loss(action, log_prob, path):
         return alpha * log_prob - torch.stack([critic(obs, action) for critic in critics]).amin(0)
 
     for row in measure(actor, obs, loss):
-        yield dict(**known, step=state["step"], **row)
+        yield dict(**described(run), step=state["step"], **row)
 
 
 def write(path: Path, rows: list[dict]) -> None:

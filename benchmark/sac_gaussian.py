@@ -511,15 +511,15 @@ class CudaGraph:
 
     def __init__(self, function, plain_calls: int = 3):
         self.function, self.plain_calls, self.graph = function, plain_calls, None
+        self.stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
 
     def __call__(self) -> None:
         if self.plain_calls:
             self.plain_calls -= 1
-            stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 self.function()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
@@ -666,7 +666,7 @@ def main() -> None:
             descend(alpha_optimizer, loss_alpha)
         losses[2:] = torch.stack([loss.detach(), loss_alpha.detach(), alpha, -log_prob])
 
-    if args.compile and args.cuda:
+    if args.compile and args.cuda:  # the critic's is recorded first: the actor's adds to the gradients that it owns
         act, update_critic, update_actor = CudaGraph(act), CudaGraph(update_critic), CudaGraph(update_actor)
 
     history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step

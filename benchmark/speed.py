@@ -3,7 +3,7 @@
 Every row is one script, unmodified, training in a process of its own with clocks put into its functions: steps per
 second end to end after compilation, milliseconds per step of its parts, start-up, compilation, peak memory. The limit
 is what the step's matrix products alone would take: their FLOPs, counted by torch while the same script runs eagerly,
-over the rate of a batch x width x width product, measured in the same process in the same precision.
+over the rate of a (2 batch, width) x (width, width) product, measured in the same process, as the script asks for it.
 
     python benchmark/speed.py --cores 0 --out benchmark/results/speed.csv
     python benchmark/speed.py --cores 0 1 --suite default
@@ -46,8 +46,8 @@ COLUMNS = (
 class Args:
     """Flags of the command line."""
 
-    cores: list[int] = field(default_factory=lambda: [0])
-    """cores to pin each run to; as many threads as cores"""
+    cores: list[int] = field(default_factory=list)
+    """cores to pin each run to, by default the first; as many threads as cores"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where to train"""
     suite: Literal["baseline", "default", "paper", "growth", "all"] = "all"
@@ -144,8 +144,9 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
     if "--no-compile" in flags:  # the rollout of one observation is then part of the rest
         script.critic_loss = clock.timed("critic", script.critic_loss)
         script.actor_loss = clock.timed("actor", script.actor_loss)
-    script.descend = clock.timed(None, script.descend)
-    if clock.cuda:  # there a part is a graph: its functions run inside only to be recorded
+    if not clock.cuda or "--no-compile" in flags:
+        script.descend = clock.timed(None, script.descend)
+    else:  # there a part is a graph: its functions run inside only to be recorded
 
         class Graph(script.CudaGraph):
             def __init__(self, function):
@@ -156,7 +157,7 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
             def __call__(self):
                 self.replay()
 
-        script.find_compiler, script.descend, script.CudaGraph = find_compiler, script.descend, Graph
+        script.find_compiler, script.CudaGraph = find_compiler, Graph
     sys.argv = [job["script"], *flags]
     try:
         script.main()
@@ -203,6 +204,8 @@ def child(job: dict) -> None:
 
     value = dict(zip(flags[::2], flags[1::2], strict=False))
     width, batch = int(value.get("--critic-dim", 256)), int(value.get("--batch-size", 256))
+    if precision := getattr(sys.modules[job["script"]], "matmul_precision", None):  # older versions: "highest"
+        torch.set_float32_matmul_precision(precision(torch.device(job["device"]), "--bf16" in flags))
     x, w = (torch.randn(rows, width, device=job["device"]) for rows in (2 * batch, width))
     best = float("inf")
     for _ in range(30):
@@ -237,8 +240,11 @@ def main() -> None:
     for script in args.scripts:
         if not any((folder / f"{script}.py").is_file() for folder in (args.root, args.root / "benchmark")):
             fail(f"--scripts {script}: no {script}.py in {args.root} or its benchmark/")
+    if not hasattr(os, "sched_setaffinity"):
+        fail("only Linux pins processes to cores")
     available = os.sched_getaffinity(0)
-    if not args.cores or not set(args.cores) <= available:
+    args.cores = args.cores or [min(available)]
+    if not set(args.cores) <= available:
         fail(f"--cores {' '.join(map(str, args.cores))}: this machine has {' '.join(map(str, sorted(available)))}")
     rows = []
     for _ in range(args.rounds):

@@ -70,3 +70,27 @@ def test_speed_measures_a_script(tmp_path):
     assert 426 < int(row["mflop_per_step"]) < 750
     done = program("speed", tmp_path, "--scripts", "nothing", "--suite", "baseline")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nothing" in done.stderr
+
+
+def test_notebook_runs_from_top_to_bottom():
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "benchmark" / "rnn_equivalence.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=170, resources={"metadata": {"path": ROOT / "benchmark"}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "the hidden states of the RNN are the path of the flow" in printed
+
+
+def test_frozen_critic(start, tmp_path):
+    flags = ["--env-id", "InvertedPendulum-v4", "--random-steps", 100, "--total-timesteps", 120]
+    assert start(*flags, *SMALL, name="sac_flow_g").returncode == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    few = ["--flow-steps", 2, "--weight-scales", 1, 3, "--seeds", 2, "--updates", 25, "--out", tmp_path / "out"]
+    done = program("frozen_critic", tmp_path, "--run", run, *few)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(open(tmp_path / "out" / "frozen_critic.csv")))
+    assert len(rows) == 3 * 2 * 2 * 2 and {row["update"] for row in rows} == {"0", "25"}
+    assert len({row["loss"] for row in rows}) > 12 and (tmp_path / "out" / "frozen_critic.png").is_file()
+    done = program("frozen_critic", tmp_path, "--run", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
