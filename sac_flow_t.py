@@ -668,7 +668,8 @@ def main() -> None:
         critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm) for _ in range(2)).to(device)
         buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
-        fail(f"{str(error).splitlines()[0]} (sizes: --buffer-size and the flags that end in -dim)")
+        sizes = ", ".join(f"--{name.replace('_', '-')}" for name in vars(args) if name.endswith(("_dim", "_size")))
+        fail(f"{str(error).splitlines()[0]} (sizes: {sizes})")
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
         print(f"{run} at step {checkpoint['step']}")

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -78,10 +79,10 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 
 @pytest.mark.parametrize("device", ["--no-cuda", pytest.param("--cuda", marks=needs_cuda)])
-def test_compiled_is_eager(run, tmp_path, device):
+def test_compiled_is_eager(start, tmp_path, device):
     """Twelve updates, four of the actor (on CUDA the last are graphs), from one seed: equal up to rounding."""
     for i, flag in enumerate(("--no-compile", "--compile")):
-        done = run(*PENDULUM, device, flag, "--total-timesteps", 112)
+        done = start(*PENDULUM, device, flag, "--total-timesteps", 112, name="sac_flow_g")
         assert done.returncode == 0 and "going on without it" not in done.stderr, done.stderr
         the_run(tmp_path).rename(tmp_path / str(i))
     eager, compiled = (checkpoint(tmp_path / str(i)) for i in range(2))
@@ -241,7 +242,7 @@ def test_evaluate(run, tmp_path):
 def can_render() -> bool:
     """Whether this machine renders without a display."""
     code = "import gymnasium as g; e = g.make('InvertedPendulum-v5', render_mode='rgb_array'); e.reset(); e.render()"
-    return subprocess.run(command("x")[:1] + ["-c", code], capture_output=True).returncode == 0
+    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_capture_video(run, tmp_path):
