@@ -150,7 +150,10 @@ def load(run: Path):
 
 
 def at_checkpoint(run: Path):
-    """Rows of checkpoints.csv: the actor's own loss, and Jacobians, on 256 observations of the run's buffer."""
+    """Rows of checkpoints.csv: the actor's own loss, and Jacobians, on 256 observations of the run's buffer.
+
+    Once with and once without the drift correction, whose score term is a contraction of its own.
+    """
     actor, critics, state = load(run)
     torch.manual_seed(0)
     obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.velocity_net.from_obs.in_features]
@@ -159,8 +162,10 @@ def at_checkpoint(run: Path):
     def loss(action, log_prob, path):
         return alpha * log_prob - torch.stack([critic(obs, action) for critic in critics]).amin(0)
 
-    for row in measure(actor, obs, loss):
-        yield dict(**described(run), step=state["step"], **row)
+    for actor.drift_correction in (True, False):
+        torch.manual_seed(0)
+        for row in measure(actor, obs, loss):
+            yield dict(**described(run), step=state["step"], drift_correction=actor.drift_correction, **row)
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -238,12 +243,14 @@ def main() -> None:
         if name == "training":  # the last norms of every run
             final = {(r["script"], r["env_id"], r["K"], r["seed"]): r["step"] for r in rows}
             rows = [r for r in rows if r["step"] == final[r["script"], r["env_id"], r["K"], r["seed"]]]
-        curves = growth_by_step(rows, ["script", "env_id", "K"], "grad_norm")
+        keys = ["script", "env_id", "K", *(["drift_correction"] if name == "checkpoints" else [])]
+        curves = growth_by_step(rows, keys, "grad_norm")
         panels = sorted({key[1:] for key in curves})
         figure = plt.figure(figsize=(4 * len(panels), 3.4))
         for index, fixed in enumerate(panels):
-            axis = figure.add_subplot(1, len(panels), index + 1)
-            panel(axis, curves, fixed, f"{fixed[0]}, K = {fixed[1]}")
+            axis = figure.add_subplot(1, len(panels), index + 1, sharey=figure.axes[0] if index else None)
+            without = ", no drift correction" if fixed[2:] == (False,) else ""
+            panel(axis, curves, fixed, f"{fixed[0]}, K = {fixed[1]}{without}")
         figure.axes[0].set_ylabel("|dL/dA_i| / |dL/dA_K|")
         figure.axes[0].legend(frameon=False)
         figure.tight_layout()
