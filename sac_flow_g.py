@@ -6,8 +6,8 @@ the way the GRU did: the velocity is gated, so that a noise-free step is a mix o
 Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
 
     python sac_flow_g.py --env-id Hopper-v4
-    python sac_flow_g.py --resume runs/<name>
-    python sac_flow_g.py --evaluate runs/<name> --capture-video
+
+To go on with a run, --resume runs/<name>; to watch it, --evaluate runs/<name> --capture-video.
 """
 # /// script
 # requires-python = ">=3.10"

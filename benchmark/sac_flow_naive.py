@@ -6,8 +6,8 @@ about it here: all but the velocity network is the text of sac_flow_g.py, so tha
 Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
 
     python benchmark/sac_flow_naive.py --env-id Hopper-v4
-    python benchmark/sac_flow_naive.py --resume runs/<name>
-    python benchmark/sac_flow_naive.py --evaluate runs/<name> --capture-video
+
+To go on with a run, --resume runs/<name>; to watch it, --evaluate runs/<name> --capture-video.
 """
 # /// script
 # requires-python = ">=3.10"

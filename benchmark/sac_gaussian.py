@@ -5,8 +5,8 @@ difference in a run is the policy's doing. "Soft Actor-Critic Algorithms and App
 BatchRenorm and without target networks as "CrossQ", arXiv 1902.05605.
 
     python benchmark/sac_gaussian.py --env-id Hopper-v4
-    python benchmark/sac_gaussian.py --resume runs/<name>
-    python benchmark/sac_gaussian.py --evaluate runs/<name> --capture-video
+
+To go on with a run, --resume runs/<name>; to watch it, --evaluate runs/<name> --capture-video.
 """
 # /// script
 # requires-python = ">=3.10"
