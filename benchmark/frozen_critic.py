@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from gradient_norms import COLORS, NAMES, fail, load, write
+from gradient_norms import COLORS, NAMES, load, pyplot, write
 
 
 @dataclass
@@ -82,13 +82,7 @@ def draw(axis, rows: list[dict], column: str) -> None:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    try:
-        import matplotlib
-    except ImportError:
-        fail("figures need matplotlib: pip install -r benchmark/requirements.txt")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     torch.set_num_threads(1)  # the networks are small
     old_actor, critics, state = load(args.run)
     critics.requires_grad_(False)

@@ -57,6 +57,18 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def pyplot():
+    """matplotlib.pyplot without a display; stops the program if matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        fail("figures need matplotlib: pip install -r benchmark/requirements.txt")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def jacobians(actor, path, obs):
     """I + dt dv/dA_i along a rollout: path (K+1, B, D), obs (B, obs_dim) -> (K, B, D, D)."""
     k, d = actor.flow_steps, actor.action_dim
@@ -72,8 +84,8 @@ def jacobians(actor, path, obs):
 def measure(actor, obs, loss) -> list[dict]:
     """One row for every step i of a rollout from `obs`, means over the batch (geometric for singular values).
 
-    grad_norm |dL/dA_i|, L = loss(action, log_prob, path) per observation; sigma_max of I + dt dv/dA_i; product_sigma
-    of the product from step i to K. At i = K there is no step: both are 1.
+    grad_norm |dL/dA_i|, L = loss(action, log_prob, path) per observation; sigma, the largest singular value of
+    I + dt dv/dA_i; product, that of the product from step i to K. At i = K there is no step: both are 1.
     """
     noise = actor.noise(len(obs))
     probe = torch.zeros_like(noise, requires_grad=True)
@@ -209,13 +221,7 @@ def panel(axis, curves: dict, fixed: tuple, title: str) -> None:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    try:
-        import matplotlib
-    except ImportError:
-        fail("figures need matplotlib: pip install -r benchmark/requirements.txt")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     for run in args.runs:
         described(run)
     args.out.mkdir(parents=True, exist_ok=True)
