@@ -2,8 +2,8 @@
 
 Takes the critics, observations and alpha of one run's checkpoint and trains a new actor of each velocity on them, from
 the same sigma network, with the same batches, noise and optimizer. Records the actor's loss, the growth of the
-gradient over the rollout |dL/dA_0| / |dL/dA_K|, and the norm of the gradient of all parameters; for several K, and
-with the velocity's weight matrices scaled at the start so that dv/dA is large.
+gradient over the rollout |dL/dA_0| / |dL/dA_K|, and the norm of the gradient of all parameters; for several K, with
+the velocity's weight matrices scaled at the start so that dv/dA is large, and with the drift correction on and off.
 
     python benchmark/frozen_critic.py --run runs/<name> --out benchmark/results/gradients
 
@@ -11,6 +11,7 @@ Writes <out>/frozen_critic.csv and a figure: means over seeds, bands of the rang
 """
 
 import importlib
+import itertools
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -33,19 +34,22 @@ class Args:
     """K"""
     weight_scales: list[float] = field(default_factory=lambda: [1.0, 5.0])
     """factors of the velocity's weight matrices at the start"""
+    drift_corrections: list[bool] = field(default_factory=lambda: [True, False])
+    """with and without the drift correction, whose score term contracts the rollout"""
     seeds: int = 3
     """actors per point"""
-    updates: int = 1000
+    updates: int = 500
     """actor updates of each"""
     batch_size: int = 256
     """observations per update"""
 
 
-def train(script, old_actor, critics, all_obs, alpha, k, scale, seed, args):
+def train(script, old_actor, critics, all_obs, alpha, k, scale, drift, seed, args):
     """Rows (update, loss, growth, gradient) of one new actor against the frozen critics."""
     torch.manual_seed(seed)
     low, high = old_actor.bias - old_actor.scale, old_actor.bias + old_actor.scale
-    actor = script.Actor(all_obs.shape[1], low, high, flow_steps=k, renorm=script.BatchRenorm)
+    sizes = dict(flow_steps=k, drift_correction=drift, renorm=script.BatchRenorm)
+    actor = script.Actor(all_obs.shape[1], low, high, **sizes)
     torch.manual_seed(seed)  # velocities draw differently: the rest of the actor and all batches are to be the same
     for layer in actor.sigma_net[::2]:
         layer.reset_parameters()
@@ -88,30 +92,32 @@ def main() -> None:
     critics.requires_grad_(False)
     all_obs, alpha = state["buffer"][:, : old_actor.velocity_net.from_obs.in_features], state["log_alpha"].exp()
     args.out.mkdir(parents=True, exist_ok=True)
+    settings = list(itertools.product(args.flow_steps, args.weight_scales, args.drift_corrections))
     rows = []
-    for name in NAMES:
-        script = importlib.import_module(name)
-        for k in args.flow_steps:
-            for scale in args.weight_scales:
-                for seed in range(args.seeds):
-                    point = dict(script=name, K=k, weight_scale=scale, seed=seed)
-                    for row in train(script, old_actor, critics, all_obs, alpha, k, scale, seed, args):
-                        rows.append({**point, **row})
-                print(f"{NAMES[name]}, K = {k}, weights x {scale:g}: done", file=sys.stderr)
-    write(args.out / "frozen_critic.csv", rows)
+    for k, scale, drift in settings:
+        for name, seed in itertools.product(NAMES, range(args.seeds)):
+            script = importlib.import_module(name)
+            point = dict(script=name, K=k, weight_scale=scale, drift_correction=drift, seed=seed)
+            for row in train(script, old_actor, critics, all_obs, alpha, k, scale, drift, seed, args):
+                rows.append({**point, **row})
+        print(f"K = {k}, weights x {scale:g}, drift correction {drift}: done", file=sys.stderr)
+        write(args.out / "frozen_critic.csv", rows)  # now and then: the whole takes a while
 
-    settings = [(k, scale) for k in args.flow_steps for scale in args.weight_scales]
     labels = {"loss": "actor's loss", "growth": "|dL/dA_0| / |dL/dA_K|", "gradient": "|dL/dparameters|"}
-    figure, axes = plt.subplots(3, len(settings), figsize=(3.4 * len(settings), 7.5), sharex=True, squeeze=False)
-    for column, (k, scale) in enumerate(settings):
-        chosen = [row for row in rows if (row["K"], row["weight_scale"]) == (k, scale)]
+    figure, axes = plt.subplots(3, len(settings), figsize=(2.6 * len(settings), 7.5), sharex=True, squeeze=False)
+    for column, (k, scale, drift) in enumerate(settings):
+        chosen = [r for r in rows if (r["K"], r["weight_scale"], r["drift_correction"]) == (k, scale, drift)]
         for axis, (name, label) in zip(axes[:, column], labels.items(), strict=True):
             draw(axis, chosen, name)
             axis.set_yscale("linear" if name == "loss" else "log")
             if not column:
                 axis.set_ylabel(label)
-        axes[0, column].set_title(f"K = {k}, weights x {scale:g}")
+        axes[0, column].set_title(f"K = {k}, weights x {scale:g}\n{'' if drift else 'no '}drift correction")
         axes[2, column].set_xlabel("update")
+    for row in axes[1:]:  # one scale for what is compared across settings
+        low, high = zip(*(axis.get_ylim() for axis in row), strict=True)
+        for axis in row:
+            axis.set_ylim(min(low), max(high))
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(args.out / "frozen_critic.png", dpi=110)
