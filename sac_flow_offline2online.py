@@ -1,0 +1,1321 @@
+"""SAC Flow offline-to-online: clone a flow policy from manipulation data, then improve it online with SAC.
+
+The policy makes a chunk of h actions by K Euler steps of a velocity network. Offline it is fitted to the data by flow
+matching, while critics learn from the same data; online the chunks are executed, and the critics' gradient runs back
+through the policy's own sampling loop, which a gate (Flow-G) or a decoder (Flow-T) as velocity keeps from exploding.
+Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
+
+    pip install -r requirements.txt -r benchmark/requirements-offline2online.txt
+    python sac_flow_offline2online.py                                # robosuite's lift, 100 scripted demonstrations
+    python sac_flow_offline2online.py --env-id cube-double-play-singletask-task2-v0 --velocity decoded
+
+To go on with a run, --resume runs/<name>; to watch it, --evaluate runs/<name> --capture-video.
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.8.1",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "numpy>=1.26,<3",
+# ]
+# ///
+
+import contextlib
+import copy
+import csv
+import json
+import logging
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections import deque
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NoReturn, Optional
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+LOSSES = ("qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy")
+# robosuite's tasks: its environment's name, the horizon of robomimic's data sets
+ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("NutAssemblySquare", 400)}
+# The environments of robomimic's v1.5 data sets, as their files describe them
+ROBOSUITE_KWARGS = dict(
+    robots=["Panda"], control_freq=20, lite_physics=False, reward_shaping=False, ignore_done=True, has_renderer=False,
+    use_camera_obs=False, controller_configs=dict(type="BASIC", body_parts=dict(right=dict(
+        type="OSC_POSE", input_max=1, input_min=-1, output_max=[0.05] * 3 + [0.5] * 3,
+        output_min=[-0.05] * 3 + [-0.5] * 3, kp=150, damping=1, impedance_mode="fixed", kp_limits=[0, 300],
+        damping_limits=[0, 10], position_limits=None, orientation_limits=None, uncouple_pos_ori=True,
+        control_delta=True, interpolation=None, ramp_ratio=0.2, input_ref_frame="world", gripper=dict(type="GRIP"),
+    ))),
+)  # fmt: skip
+OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dim observation
+# The paper's weights of the BC term, offline and online; 100 and 100 for what it does not list.
+BETA = {"cube-double": (300, 300), "lift": (10_000, 1_000), "can": (10_000, 1_000), "square": (10_000, 1_000)}
+
+
+@dataclass
+class Args:
+    """Flags of the command line; `alpha_lr` is --alpha-lr."""
+
+    # What to run
+    env_id: str = "lift"
+    """lift, can or square (robosuite), an OGBench singletask id (cube-single-play-singletask-task1-v0), or the id of a
+    Minari data set (mujoco/hopper/medium-v0)"""
+    dataset: Optional[str] = None
+    """file with the data (robomimic's .hdf5, OGBench's .npz), or a folder of .npz files that are used in turn;
+    default: where the packages keep what they download, then data/"""
+    collect: Optional[int] = None
+    """episodes to collect with scripted experts if the data cannot be had; default 100 for robosuite, else 0"""
+    seed: int = 1
+    """seed of every random generator"""
+    offline_steps: int = 20_000
+    """updates on the data alone, before the environment is first used"""
+    online_steps: int = 20_000
+    """environment steps after them"""
+    eval_every: int = 10_000
+    """steps between evaluations; there is one at the end of each phase, too"""
+    eval_episodes: int = 50
+    """episodes of an evaluation"""
+    cuda: bool = torch.cuda.is_available()
+    """train on the GPU (the default where there is one)"""
+    compile: bool = True
+    """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
+    bf16: bool = False
+    """let matrix products round their float32 factors to bfloat16 (TF32 on a GPU) where that is faster"""
+    capture_video: bool = False
+    """write videos of the episodes of --evaluate to <run>/videos"""
+    track: bool = False
+    """mirror the TensorBoard log to Weights & Biases"""
+    save_every: int = 10_000
+    """steps between checkpoints; online each is saved at the next end of an episode, and one at the end of the run"""
+    resume: Optional[str] = None
+    """folder of a run to continue, bit for bit, from its checkpoint"""
+    evaluate: Optional[str] = None
+    """folder of a run whose saved policy is played instead of training"""
+
+    # Data and critics
+    chunk: int = 5
+    """h, actions that the policy chooses at once and executes one after the other; 1 is ordinary SAC Flow"""
+    buffer_size: int = 2_000_000
+    """capacity of the replay buffer in transitions, the data included"""
+    rotate_every: int = 1_000
+    """offline steps on each file of a --dataset folder"""
+    sparse: Optional[bool] = None
+    """reward -1 until all is done in place of OGBench's count of what is not; default: on for scene and puzzle-3x3"""
+    batch_size: int = 256
+    """chunks per update"""
+    utd: int = 1
+    """updates per environment step online"""
+    online_start: int = 1_000
+    """online environment steps before the first update on them"""
+    gamma: float = 0.99
+    """discount factor of one environment step"""
+    tau: float = 0.005
+    """step of the target networks' moving average"""
+    critic_lr: float = 3e-4
+    """learning rate of the critics"""
+    critic_dim: int = 128
+    """width of the hidden layers of each critic"""
+    critic_layers: int = 3
+    """hidden layers of each critic"""
+
+    # Actor's losses
+    actor_lr: float = 3e-4
+    """learning rate of the actor"""
+    beta: Optional[float] = None
+    """offline weight of |a_theta - a_data|^2; default: the paper's for the task, 100 where it has none"""
+    online_beta: Optional[float] = None
+    """the same online"""
+    alpha: float = 0.0
+    """entropy coefficient: its value, or its start with --autotune"""
+    autotune: bool = False
+    """learn alpha such that the entropy of the path meets --target-entropy; takes --learn-sigma"""
+    alpha_lr: float = 3e-4
+    """learning rate of the entropy coefficient"""
+    target_entropy: Optional[float] = None
+    """target of the path's entropy in nats, all dimensions and steps together; default: what --sigma gives"""
+
+    # Flow policy
+    velocity: Literal["gated", "decoded", "plain"] = "gated"
+    """Flow-G, Flow-T, or the control without either"""
+    flow_steps: int = 4
+    """K, Euler steps from noise to action"""
+    drift_correction: bool = True
+    """add the score term that keeps the noisy rollout's marginals those of the noise-free flow"""
+    sigma: float = 0.1
+    """noise scale of the rollout, the same in every loss, in both phases and when acting"""
+    learn_sigma: bool = False
+    """learn sigma from the observation, starting near --sigma"""
+    sigma_dim: int = 128
+    """with --learn-sigma: width of the two hidden layers of the network for sigma"""
+    velocity_dim: int = 128
+    """width of the hidden layers of the candidate or the plain velocity"""
+    velocity_layers: int = 3
+    """hidden layers of the candidate or the plain velocity"""
+    gate_dim: int = 64
+    """width of the gate's hidden layer"""
+    decoder_dim: int = 64
+    """width of the decoder's tokens"""
+    decoder_layers: int = 2
+    """decoder layers"""
+    decoder_heads: int = 4
+    """attention heads; they divide --decoder-dim"""
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line on standard error and exit code 2."""
+    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
+    raise SystemExit(2)
+
+
+class ReplayBuffer:
+    """Ring buffer of single transitions on the training device, from which chunks of successive ones are drawn."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = [obs_dim, action_dim, 1, 1, 1, obs_dim]  # obs, action, reward, terminated, last, next_obs
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.last = obs_dim + action_dim + 2  # the column that says: no row of the same episode follows
+        self.added = 0  # transitions ever added; the next one goes to row added % capacity
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # len(self) where a CUDA graph can read it
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, obs, action, reward, terminated, next_obs, follows: bool) -> None:
+        """Store one transition; `follows`: it continues the episode of the one added before.
+
+        The newest counts as its episode's last until another follows, so that no chunk runs on into older data.
+        """
+        row = np.concatenate([obs, action, [reward, terminated, 1], next_obs]).astype(np.float32)
+        if follows:
+            self.rows[(self.added - 1) % len(self.rows), self.last] = 0
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        self.added += 1
+        self.size.fill_(len(self))
+
+    def sample(self, batch_size: int, chunk: int, gamma: float) -> list[torch.Tensor]:
+        """A uniform batch of chunks, as `merge_chunks` returns them."""
+        start = torch.randint(2**62, (batch_size, 1), device=self.rows.device) % self.size
+        index = (start + torch.arange(chunk, device=self.rows.device)) % len(self.rows)
+        return merge_chunks(*self.rows[index].split(self.widths, dim=2), gamma)
+
+    def filled(self) -> torch.Tensor:
+        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
+        return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
+
+    def refill(self, rows: torch.Tensor, added: int) -> None:
+        """Put back what `filled` returned, after `added` transitions."""
+        self.rows[: len(rows)].copy_(rows)
+        self.added = added
+        self.size.fill_(len(self))
+
+    def last_actions(self, n: int) -> np.ndarray:
+        """The last n actions added, oldest first, (n, D)."""
+        index = torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)
+        return self.rows[index].split(self.widths, dim=1)[1].cpu().numpy()
+
+    def last_obs(self) -> np.ndarray:
+        """The next_obs of the last transition added, (obs_dim,)."""
+        return self.rows[(self.added - 1) % len(self.rows)].split(self.widths)[5].cpu().numpy()
+
+
+def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) -> list[torch.Tensor]:
+    """h successive rows of the buffer, (B, h, .) each, as one transition of a chunk of h actions.
+
+    Returns obs (B, obs_dim); action (B, h D); own (B, h D), 1 where an action is of the first row's episode;
+    reward (B,), the discounted sum up to a termination; terminated (B,), 1 if there is one; valid (B,), 1 if the critic
+    may learn from the chunk: it terminates, or all of it is of one episode, which is not so for one that truncation or
+    the data's end cuts short; next_obs (B, obs_dim), where a chunk that does not terminate bootstraps.
+    """
+    reward, terminated, last = reward.squeeze(2), terminated.squeeze(2), last.squeeze(2)  # (B, h)
+    first = torch.ones_like(last[:, :1])
+    own = torch.cat([first, (1 - last)[:, :-1]], dim=1).cumprod(1)
+    # Play data goes on after a success; the environment would not have. Nor would rewards have come after it.
+    reached = own * torch.cat([first, (1 - terminated)[:, :-1]], dim=1).cumprod(1)
+    discount = gamma ** torch.arange(reward.shape[1], device=reward.device)
+    reward, terminated = (discount * reached * reward).sum(1), (reached * terminated).amax(1)
+    valid = torch.maximum(terminated, reached[:, -1])
+    own = own.repeat_interleave(action.shape[2], dim=1)
+    return [obs[:, 0], action.flatten(1), own, reward, terminated, valid, next_obs[:, -1]]
+
+
+def mlp(inputs: int, dim: int, layers: int, outputs: int, norm=nn.Identity, activation=nn.SiLU) -> list[nn.Module]:
+    """`layers` hidden layers, each Linear, norm, activation, and a Linear."""
+    sizes = [inputs] + layers * [dim]
+    hidden = [[nn.Linear(n, m), norm(m), activation()] for n, m in zip(sizes, sizes[1:], strict=False)]
+    return [*sum(hidden, []), nn.Linear(sizes[-1], outputs)]
+
+
+class Critic(nn.Module):
+    """Q(s, chunk): hidden layers with layer normalisation, which keeps Q bounded off the data."""
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int, layers: int):
+        super().__init__()
+        self.net = nn.Sequential(*mlp(obs_dim + action_dim, dim, layers, 1, norm=nn.LayerNorm, activation=nn.ReLU))
+
+    def forward(self, obs, action):
+        """(B, obs_dim), (B, h D) -> (B,)"""
+        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
+
+
+class TimeEmbedding(nn.Module):
+    """Linear map of sines and cosines of the flow time t in [0, 1] (float or (B, 1)) to (dim,) or (B, dim)."""
+
+    def __init__(self, dim: int, frequencies: int = 16):
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, 2, frequencies), persistent=False)  # 1 to 100 rad
+        self.linear = nn.Linear(2 * frequencies, dim, bias=False)
+
+    def forward(self, t):
+        phase = t * self.frequencies
+        return self.linear(torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1))
+
+
+class PlainVelocity(nn.Module):
+    """The control: v is an MLP of t, a and s, and nothing bounds its Jacobian."""
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 256, layers: int = 3):
+        super().__init__()
+        self.from_obs = nn.Linear(obs_dim, dim)
+        self.from_action = nn.Linear(action_dim, dim, bias=False)
+        self.from_time = TimeEmbedding(dim)
+        self.net = nn.Sequential(nn.SiLU(), *mlp(dim, dim, layers - 1, action_dim))
+
+    def encode(self, obs):
+        """What the K steps share: (B, obs_dim) -> (B, dim)."""
+        return self.from_obs(obs)
+
+    def forward(self, t, a, memory):
+        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
+        return self.net(memory + self.from_action(a) + self.from_time(t))
+
+
+class GatedVelocity(nn.Module):
+    """Flow-G: v = g * (vhat - a), gate g = sigmoid(z(t, a, s)), candidate vhat(t, a, s).
+
+    An Euler step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. The gate, an MLP with
+    one hidden layer, starts at sigmoid(5) = 0.993 everywhere: the rollout starts contractive.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 256, layers: int = 3, gate_dim: int = 128):
+        super().__init__()
+        # The first layers of candidate and gate side by side, and split by input: the observation's part is the
+        # same at all K steps, so `encode` computes it once per rollout.
+        self.split = dim, gate_dim
+        self.from_obs = nn.Linear(obs_dim, dim + gate_dim)
+        self.from_action = nn.Linear(action_dim, dim + gate_dim, bias=False)
+        self.from_time = TimeEmbedding(dim + gate_dim)
+        self.candidate = nn.Sequential(*mlp(dim, dim, layers - 1, action_dim))
+        self.gate = nn.Linear(gate_dim, action_dim)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, 5.0)
+
+    def encode(self, obs):
+        """What the K steps share: (B, obs_dim) -> (B, dim + gate_dim)."""
+        return self.from_obs(obs)
+
+    def forward(self, t, a, memory):
+        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
+        hidden = F.silu(memory + self.from_action(a) + self.from_time(t))
+        for_candidate, for_gate = hidden.split(self.split, dim=-1)
+        return torch.sigmoid(self.gate(for_gate)) * (self.candidate(for_candidate) - a)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm decoder layer: y = phi + Cross(LN(phi), LN(memory)),  phi' = y + FFN(LN(y)).
+
+    Self-attention over action tokens, masked to the diagonal so that a step stays Markov in the action, would be a
+    linear map of each token alone: the FFN does that work. Raises ValueError unless `heads` divides `dim`.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"--decoder-heads {heads} must divide --decoder-dim {dim}")
+        self.heads = heads
+        self.norm_query, self.norm_memory, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+
+    def split_heads(self, x):
+        """(B, tokens, dim) -> (B, heads, tokens, dim / heads)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def encode(self, memory):
+        """Keys and values of the memory tokens (B, tokens, dim): the decoder's cache, made once per rollout."""
+        key, value = self.key_value(self.norm_memory(memory)).chunk(2, dim=-1)
+        return self.split_heads(key), self.split_heads(value)
+
+    def forward(self, phi, key, value):
+        """One layer over action tokens (B, 1, dim)."""
+        # With one memory token the softmax is over one score: its weight is 1 whatever query and key are, and the
+        # attention reduces to a linear read-out of the observation. More memory tokens need no change here.
+        query = self.split_heads(self.query(self.norm_query(phi)))
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):  # fused kernels cost more than so few tokens save
+            cross = F.scaled_dot_product_attention(query, key, value)
+        phi = phi + self.out(cross.transpose(1, 2).flatten(2))
+        return phi + self.ffn(self.norm_ffn(phi))
+
+
+class DecodedVelocity(nn.Module):
+    """Flow-T: v = W_o LN(Phi_L), Phi_L from decoder layers that read the observation.
+
+    Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 64, heads: int = 4, layers: int = 2):
+        super().__init__()
+        self.from_obs = nn.Linear(obs_dim, dim)
+        self.from_action = nn.Linear(action_dim, dim)
+        self.from_time = TimeEmbedding(dim)
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, action_dim)
+
+    def encode(self, obs):
+        """What the K steps share: (B, obs_dim) -> each layer's keys and values, (B, heads, 1, dim / heads) each."""
+        memory = self.from_obs(obs)[:, None]
+        return [layer.encode(memory) for layer in self.layers]
+
+    def forward(self, t, a, memory):
+        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
+        phi = (self.from_action(a) + self.from_time(t))[:, None]
+        for layer, (key, value) in zip(self.layers, memory, strict=True):
+            phi = layer(phi, key, value)
+        return self.out(self.norm(phi[:, 0]))
+
+
+class Actor(nn.Module):
+    """Flow policy over chunks of h actions: K noisy Euler steps of a velocity network, then tanh to the action bounds.
+
+    Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
+    bounds, `velocity` a factory (obs_dim, h D) -> module. Below, and in the README, D stands for h D.
+    `sigma` is fixed, or with `learn_sigma` the one near which a learned sigma starts.
+    """
+
+    def __init__(
+        self, obs_dim: int, action_low, action_high, *, chunk: int = 5, velocity=GatedVelocity, flow_steps: int = 4,
+        drift_correction: bool = True, sigma: float = 0.1, learn_sigma: bool = False, sigma_dim: int = 256,
+    ):  # fmt: skip
+        super().__init__()
+        low, high = (torch.as_tensor(bound, dtype=torch.float32).repeat(chunk) for bound in (action_low, action_high))
+        self.flow_steps, self.drift_correction, self.action_dim = flow_steps, drift_correction, len(low)
+        self.velocity_net = velocity(obs_dim, self.action_dim)
+        self.log_sigma, self.sigma_net = math.log(sigma), None
+        if learn_sigma:
+            self.sigma_net = nn.Sequential(*mlp(obs_dim, sigma_dim, 2, self.action_dim, activation=nn.ReLU))
+            nn.init.zeros_(self.sigma_net[-1].weight)
+            nn.init.constant_(self.sigma_net[-1].bias, math.atanh((self.log_sigma + 1.5) / 3.5))
+        # What a fixed sigma gives, but for the squash: a Gaussian's entropy for A_0 and for every step. It is far below
+        # 0, the target of the from-scratch scripts, which a fixed sigma could never meet.
+        normal = 0.5 * math.log(2 * math.pi * math.e)
+        step = normal + self.log_sigma + 0.5 * math.log(1 / flow_steps)
+        self.target_entropy = self.action_dim * (normal + flow_steps * step)
+        self.register_buffer("scale", (high - low) / 2)
+        self.register_buffer("bias", (high + low) / 2)
+
+    def velocity(self, t, a, obs):
+        """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
+        return self.velocity_net(t, a, self.velocity_net.encode(obs))
+
+    def log_std(self, obs):
+        """log sigma, (B, D), shared by the K steps; a learned one is in [-5, 2]."""
+        if self.sigma_net is None:
+            return self.scale.new_full((len(obs), self.action_dim), self.log_sigma)
+        return -1.5 + 3.5 * torch.tanh(self.sigma_net(obs))
+
+    def rollout(self, obs, noise, probe=None):
+        """Sample actions and the density of their paths (equations "rollout" and "density" of the README).
+
+        obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians: noise[0] = A_0, noise[i+1] = eps_i.
+        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), path (K+1, B, D) of A_i.
+        `probe`, zeros of path's shape, is added to each A_i: its gradient is dL/dA_i.
+        """
+        memory = self.velocity_net.encode(obs)
+        log_std = self.log_std(obs)
+        std, dt = log_std.exp(), 1 / self.flow_steps
+        a = noise[0] if probe is None else noise[0] + probe[0]
+        path = [a]
+        for i in range(self.flow_steps):
+            t = i * dt
+            v = drift = self.velocity_net(t, a, memory)
+            if self.drift_correction:  # sigma^2 / 2 times the score of the linear path's marginal, (t v - a) / (1 - t)
+                drift = v + 0.5 * std**2 * (t * v - a) / (1 - t)
+            a = a + drift * dt + std * math.sqrt(dt) * noise[i + 1]
+            a = a if probe is None else a + probe[i + 1]
+            path.append(a)
+        # A_{i+1} given A_i is Gaussian with standard deviation std * sqrt(dt), and eps_i is its standardised value.
+        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - self.flow_steps * (log_std + 0.5 * math.log(dt))
+        # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
+        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - a - F.softplus(-2 * a))
+        return torch.tanh(a) * self.scale + self.bias, log_prob.sum(1), torch.stack(path)
+
+    def unsquash(self, action):
+        """The A_K that `rollout` squashes to `action` (B, D), up to 0.5 % of the half range short of its bounds.
+
+        Flow matching has to aim there, since tanh follows: aimed at the action itself, it would clone tanh(action).
+        """
+        return torch.atanh(((action - self.bias) / self.scale).clamp(-0.995, 0.995))
+
+    def noise(self, batch: int):
+        """What a rollout of `batch` observations starts from: (K+1, B, D) of unit Gaussians."""
+        shape = self.flow_steps + 1, batch, self.action_dim
+        return torch.randn(shape, device=self.scale.device, dtype=self.scale.dtype)
+
+    def act(self, obs, deterministic: bool = False):
+        """Chunks of actions (B, D) for obs (B, obs_dim); deterministic: from A_0 = 0 without noise."""
+        noise = self.noise(len(obs))
+        return self.rollout(obs, torch.zeros_like(noise) if deterministic else noise)[0]
+
+
+def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
+    """sum_j mean valid (Q_j(s, a) - y)^2 / 2,  y = r + discount (1 - d) (mean_j Q'_j(s', a') - alpha log p_c(path')).
+
+    `batch` is what `merge_chunks` returns, `discount` gamma^h. Returns the loss and mean Q.
+    """
+    obs, action, _, reward, terminated, valid, next_obs = batch
+    with torch.no_grad():
+        next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
+        next_q = torch.stack([target(next_obs, next_action) for target in targets]).mean(0)
+        y = reward + discount * (1 - terminated) * (next_q - alpha * next_log_prob)
+    q = torch.stack([critic(obs, action) for critic in critics])  # (2, B)
+    return 0.5 * (valid * (q - y).square()).mean(1).sum(), q.detach().mean()
+
+
+def flow_matching_loss(actor, batch, noise, t):
+    """mean own |(x1 - x0) - v(t, (1 - t) x0 + t x1, s)|^2, x0 = noise (B, D), x1 the data's action before the squash.
+
+    Flow times t (B, 1), uniform in [0, 1]; steps of a chunk beyond its episode do not count.
+    """
+    obs, action, own, *_ = batch
+    x1 = actor.unsquash(action)
+    v = actor.velocity(t, (1 - t) * noise + t * x1, obs)
+    return (own * (x1 - noise - v).square()).mean()
+
+
+def actor_loss(actor, critics, batch, noise, alpha, beta):
+    """mean(alpha log p_c - mean_j Q_j(s, a)) + beta mean own |a - a_data|^2, its gradient through all K steps.
+
+    Returns the loss, the last term without its beta, and mean log p_c.
+    """
+    obs, data_action, own, *_ = batch
+    action, log_prob, _ = actor.rollout(obs, noise)
+    q = torch.stack([critic(obs, action) for critic in critics]).mean(0)
+    bc = (own * (action - data_action).square()).mean()
+    return (alpha * log_prob - q).mean() + beta * bc, bc.detach(), log_prob.detach().mean()
+
+
+def alpha_loss(log_alpha, log_prob, target_entropy):
+    """alpha * (entropy - target): alpha falls while the paths' entropy, mean -log p_c, exceeds its target."""
+    return log_alpha.exp() * (-log_prob - target_entropy)
+
+
+def descend(optimizer, loss) -> None:
+    """One step of `optimizer` on `loss`."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def gradient_norms(actor, critics, obs, noise, alpha):
+    """Mean over the batch of |dL/dA_i| for i = 0..K, L = alpha log p_c - Q: the RNN gradient product made visible."""
+    probe = torch.zeros_like(noise, requires_grad=True)
+    action, log_prob, _ = actor.rollout(obs, noise, probe)
+    q = torch.stack([critic(obs, action) for critic in critics]).mean(0)
+    (gradient,) = torch.autograd.grad((alpha * log_prob - q).sum(), probe)
+    return gradient.norm(dim=2).mean(1)  # (K+1,)
+
+
+def load_checkpoint(folder: str) -> dict:
+    """Read <folder>/checkpoint.pt; stops the program if it is missing, damaged or written by another script."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"no checkpoint at {path}: name the folder of a run that has saved one, such as runs/<name>")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load would not notice a flipped bit
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        state = None
+    if state is None:
+        fail(f"{path} is truncated or corrupted: restore it from a copy, or start a new run")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
+        fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
+    if set(state["args"]) != {field.name for field in fields(Args)}:
+        fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
+    return state
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write <folder>/checkpoint.pt such that at any instant a complete one is there. Raises OSError if it cannot."""
+    temporary = folder / "checkpoint.pt.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {folder / 'checkpoint.pt'} ({error})") from error
+
+
+def random_states(device: torch.device) -> dict:
+    """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
+    name, key, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
+
+
+def set_random_states(states: dict, device: torch.device) -> None:
+    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    random.setstate(states["python"])
+    name, key, *rest = states["numpy"]
+    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if (states["cuda"] is not None) != (device.type == "cuda"):
+        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+    elif states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def parse_args() -> tuple[Args, Optional[dict]]:
+    """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
+    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    if args.resume and args.evaluate:
+        fail("--resume and --evaluate exclude each other")
+    if folder := args.resume or args.evaluate:
+        checkpoint = load_checkpoint(folder)
+        saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
+        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
+        args = tyro.cli(Args, description=__doc__, default=saved)
+        may_change = {"online_steps", "eval_every", "eval_episodes", "save_every", "cuda", "compile", "capture_video"}
+        for field in fields(Args):
+            old, new = getattr(saved, field.name), getattr(args, field.name)
+            if old != new and field.name not in may_change | {"track"}:
+                fail(f"--{field.name.replace('_', '-')} {new} conflicts with {old} of {folder}: drop the flag")
+        if args.resume and args.offline_steps + args.online_steps <= checkpoint["step"]:
+            fail(f"{folder} has reached step {checkpoint['step']}: raise --online-steps to go on")
+    task = args.env_id.split("-play")[0]
+    betas = BETA.get(task, (100, 100))
+    args.beta = betas[0] if args.beta is None else args.beta
+    args.online_beta = betas[1] if args.online_beta is None else args.online_beta
+    args.sparse = task.startswith(("scene", "puzzle-3x3")) if args.sparse is None else args.sparse
+
+    def check(ok: bool, name: str, requirement: str) -> None:
+        if not ok:
+            fail(f"--{name.replace('_', '-')} must be {requirement}, not {getattr(args, name)}")
+
+    for field in fields(Args):
+        value = getattr(args, field.name)
+        if field.name in ("seed", "offline_steps", "online_steps", "online_start", "collect"):
+            check(value is None or 0 <= value < 2**32, field.name, "0 or more, and below 2^32")
+        elif type(value) is int and field.name not in ("beta", "online_beta"):
+            check(value >= 1, field.name, "1 or more")
+        elif field.name.endswith("_lr") or field.name == "sigma":
+            check(0 < value < math.inf, field.name, "above 0")
+        elif field.name in ("alpha", "beta", "online_beta"):
+            check(0 <= value < math.inf, field.name, "0 or more")
+    check(0 <= args.gamma <= 1, "gamma", "in [0, 1]")
+    check(0 < args.tau <= 1, "tau", "in (0, 1]")
+    check(args.target_entropy is None or math.isfinite(args.target_entropy), "target_entropy", "finite")
+    check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
+    check(args.offline_steps + args.online_steps > 0, "online_steps", "above 0 if --offline-steps is 0")
+    if args.learn_sigma:
+        check(math.exp(-5) < args.sigma < math.exp(2), "sigma", "in (0.0068, 7.38), the range of a learned one")
+    if args.autotune and not (args.learn_sigma and args.alpha > 0):
+        fail("--autotune needs --learn-sigma, without which no entropy can be met, and a start --alpha above 0")
+    if args.decoder_dim % args.decoder_heads:
+        fail(f"--decoder-heads {args.decoder_heads} must divide --decoder-dim {args.decoder_dim}")
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda: this torch finds no CUDA device; use --no-cuda")
+    return args, checkpoint
+
+
+# --- tasks and their data ---
+
+
+def benchmark_of(env_id: str) -> str:
+    """The package that has the task: robosuite, ogbench or minari. Stops the program if it is not installed."""
+    package = "robosuite" if env_id in ROBOSUITE else "ogbench" if "-singletask" in env_id else "minari"
+    warnings.filterwarnings("ignore", module="gymnasium|minari|robosuite")
+    logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)
+    try:
+        __import__(package)
+        __import__("h5py")
+    except ImportError as error:
+        install = "pip install -r requirements.txt -r benchmark/requirements-offline2online.txt"
+        fail(f"--env-id {env_id} needs {error.name or package}: {install}")
+    return package
+
+
+class RobosuiteEnv(gym.Env):
+    """lift, can or square with robomimic's low-dim observation; reward 0 at success, which terminates, else -1."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, task: str, render_mode: Optional[str] = None):
+        import robosuite
+
+        name, self.horizon = ROBOSUITE[task]
+        self.render_mode = render_mode
+        render = render_mode == "rgb_array"
+        self.env = robosuite.make(name, **ROBOSUITE_KWARGS, has_offscreen_renderer=render, seed=0)
+        # All its randomness comes from this generator, which it seeds once: here its state is set at a seeded reset.
+        self._np_random = self.env.rng
+        low, high = self.env.action_spec
+        self.action_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.reset()[0].shape, np.float64)
+
+    def _obs(self, obs: dict) -> np.ndarray:
+        return np.concatenate([obs["object-state" if key == "object" else key] for key in OBS_KEYS])
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.env.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
+        self.t = 0
+        self.env.reset()
+        # What reset() returns still lacks the object's pose in the gripper's frame.
+        return self._obs(self.env._get_observations(force_update=True)), {}
+
+    def step(self, action):
+        obs, reward, _, _ = self.env.step(action)
+        self.t, success = self.t + 1, reward > 0
+        return self._obs(obs), reward - 1.0, success, self.t >= self.horizon, {"success": success}
+
+    def render(self):
+        return self.env.sim.render(height=256, width=256, camera_name="agentview")[::-1]
+
+    def close(self):
+        self.env.close()
+
+
+class SparseReward(gym.RewardWrapper):
+    """-1 until everything is done, in place of minus the number of things not done."""
+
+    def reward(self, reward):
+        return -float(reward != 0)
+
+
+def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
+    """The task as a gymnasium environment, with one-line errors for those that do not exist or cannot be controlled."""
+    package, render = benchmark_of(args.env_id), {"render_mode": render_mode} if render_mode else {}
+    try:
+        if package == "robosuite":
+            env = RobosuiteEnv(args.env_id, **render)
+        elif package == "ogbench":
+            import ogbench
+
+            env = ogbench.make_env_and_datasets(args.env_id, env_only=True, **render)
+            env = SparseReward(env) if args.sparse else env
+        else:
+            env = minari_dataset(args).recover_environment(**render)
+    except Exception as error:
+        fail(f"--env-id {args.env_id}: {(str(error) or type(error).__name__).splitlines()[0]}")
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        fail(f"--env-id {args.env_id}: observations must be a Box of one dimension, not {obs}; choose another task")
+    if not isinstance(action, gym.spaces.Box) or not np.isfinite(action.high - action.low).all():
+        fail(f"--env-id {args.env_id}: actions must be a Box with finite bounds, not {action}; choose another task")
+    return env
+
+
+def collect(args: Args, looked: list[Path], advice: str) -> Path:
+    """Collect data with benchmark/collect.py into data/, if --collect or the task's default allows it."""
+    episodes = args.collect if args.collect is not None else 100 if args.env_id in ROBOSUITE else 0
+    suffix = ".hdf5" if args.env_id in ROBOSUITE else ".npz"
+    name = re.sub(r"-singletask(-task\d)?", "", args.env_id)
+    path, places = Path("data") / f"{name}-{episodes}{suffix}", ", ".join(map(str, looked))
+    if episodes and path.is_file():
+        return path
+    if not episodes:
+        fail(f"no data for --env-id {args.env_id} at {places}: {advice}name it by --dataset, or --collect 100 episodes")
+    print(f"no data at {places} or {path}: collecting {episodes} scripted episodes", file=sys.stderr)
+    program = Path(__file__).parent / "benchmark" / "collect.py"
+    flags = ["--env-id", name, "--episodes", str(episodes), "--seed", "1", "--out", str(path)]
+    if not program.is_file() or subprocess.run([sys.executable, str(program), *flags]).returncode:
+        fail(f"--collect: {program} did not make {path}; run it to see why, or name the data by --dataset")
+    return path
+
+
+def find_dataset(args: Args) -> list[Path]:
+    """The files that hold the task's data (several: they are used in turn). Minari finds its own."""
+    if args.dataset:
+        path = Path(args.dataset).expanduser()
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.glob("*.npz") if not file.stem.endswith("-val"))
+        if not files or not files[0].is_file():
+            fail(f"--dataset {path}: {'no .npz file in this folder' if path.is_dir() else 'no such file or folder'}")
+        return files
+    if args.env_id in ROBOSUITE:
+        folder = Path.home() / ".robomimic" / args.env_id
+        published = [folder / kind / "low_dim_v15.hdf5" for kind in ("mh", "ph")]
+        found = [path for path in published if path.is_file()]
+        advice = "download robomimic's low_dim_v15.hdf5 there, "
+    else:
+        import ogbench
+
+        name = re.sub(r"-singletask(-task\d)?", "", args.env_id)
+        published, advice = [Path.home() / ".ogbench" / "data" / f"{name}.npz"], ""
+        found = [path for path in published if path.is_file()]
+        if not found and args.collect is None:
+            with contextlib.suppress(OSError):  # no network, or nothing of this name
+                ogbench.utils.download_datasets([name])
+                found = published
+    return found[:1] or [collect(args, published, advice)]
+
+
+def minari_dataset(args: Args):
+    """The Minari data set, downloaded if need be and possible."""
+    import minari
+
+    if args.dataset:
+        os.environ["MINARI_DATASETS_PATH"] = str(Path(args.dataset).expanduser())
+    try:
+        return minari.load_dataset(args.env_id)
+    except Exception:
+        try:
+            return minari.load_dataset(args.env_id, download=True)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            where = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
+            make = f"python benchmark/collect.py --env-id {args.env_id} --policy runs/<name>"
+            fail(f"--env-id {args.env_id}: no such task, nor Minari data set in {where} ({reason}); make one: {make}")
+
+
+def read_robomimic(path: Path, task: str) -> dict:
+    """Arrays of a robomimic low-dim file, see `load_data`."""
+    import h5py
+
+    parts = []
+    with h5py.File(path) as file:
+        made_in = json.loads(file["data"].attrs.get("env_args", "{}")).get("env_name", ROBOSUITE[task][0])
+        if made_in != ROBOSUITE[task][0]:
+            fail(f"{path} is of {made_in}, not of --env-id {task}: name another --dataset")
+        for name in sorted(file["data"], key=lambda name: int(name.removeprefix("demo_"))):  # demo_10 after demo_9
+            demo = file["data"][name]
+            obs, next_obs = (np.concatenate([demo[kind][k][:] for k in OBS_KEYS], 1) for kind in ("obs", "next_obs"))
+            reward = demo["rewards"][:]
+            # `dones` is also 1 at a demonstration's end; only success terminates.
+            last = np.arange(len(reward)) == len(reward) - 1
+            parts.append(dict(obs=obs, action=demo["actions"][:], reward=reward - 1, terminated=reward > 0, last=last))
+            parts[-1]["next_obs"] = next_obs
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
+
+
+def read_ogbench(path: Path, env: gym.Env, args: Args) -> dict:
+    """Arrays of an OGBench play file with the rewards of the task, see `load_data`."""
+    import ogbench
+
+    data = ogbench.utils.load_dataset(str(path), add_info=True)
+    ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
+    reward = -(data["rewards"] != 0).astype(np.float32) if args.sparse else data["rewards"]
+    return dict(
+        obs=data["observations"], action=data["actions"], reward=reward, terminated=data["masks"] == 0,
+        last=data["terminals"] == 1, next_obs=data["next_observations"],
+    )  # fmt: skip
+
+
+def read_minari(dataset) -> dict:
+    """Arrays of a Minari data set, see `load_data`."""
+    parts = []
+    for episode in dataset.iterate_episodes():
+        last = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
+        obs, next_obs = episode.observations[:-1], episode.observations[1:]
+        ends = dict(terminated=episode.terminations, last=last)
+        parts.append(dict(obs=obs, action=episode.actions, reward=episode.rewards, **ends, next_obs=next_obs))
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
+
+
+def load_data(path: Optional[Path], env: gym.Env, args: Args) -> np.ndarray:
+    """One data file as rows of `ReplayBuffer`, float32; stops the program if it is damaged or does not fit `env`.
+
+    terminated is success: only it ends the bootstrap. last marks the end of a recorded trajectory, whatever its cause.
+    """
+    package = benchmark_of(args.env_id)
+    try:
+        if package == "robosuite":
+            data = read_robomimic(path, args.env_id)
+        elif package == "ogbench":
+            data = read_ogbench(path, env, args)
+        else:
+            path = args.env_id
+            data = read_minari(minari_dataset(args))
+    except KeyError as error:
+        fail(f"{path} has no {error.args[0] if error.args else error}: not a data set for --env-id {args.env_id}")
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        fail(f"{path} is truncated, corrupted or of another format ({reason}): fetch it again, or another --dataset")
+    if not data or not data["last"].any():
+        fail(f"{path} has no complete episode: name another --dataset")
+    for key, space in (("obs", env.observation_space), ("action", env.action_space)):
+        if data[key].shape[1:] != space.shape:
+            fail(f"{path}: {key} has shape {data[key].shape[1:]}, that of --env-id {args.env_id} {space.shape}")
+    for key, values in data.items():
+        if not np.isfinite(values).all():
+            fail(f"{path}: {key} has NaN or infinite values: fetch it again or name another --dataset")
+    outside = np.maximum(data["action"] - env.action_space.high, env.action_space.low - data["action"]).max()
+    if outside > 1e-3:
+        fail(f"{path}: actions leave the bounds of --env-id {args.env_id} by {outside:.3g}: clip or rescale them")
+    longest = int(np.diff(np.flatnonzero(data["last"]), prepend=-1).max())
+    if args.chunk > longest:
+        fail(f"--chunk {args.chunk} is longer than every episode of {path}: at most {longest}")
+    data["last"][-1] = True
+    columns = [np.asarray(data[key], np.float32).reshape(len(data["last"]), -1) for key in data]
+    return np.concatenate(columns, axis=1)
+
+
+def check_video(env: gym.Env) -> None:
+    """Refuse --capture-video where it cannot work; `env` is made with render_mode="rgb_array"."""
+    try:
+        import moviepy  # noqa: F401
+    except ImportError:
+        fail("--capture-video needs moviepy: pip install -r benchmark/requirements.txt")
+    try:
+        env.reset(seed=0)
+        env.render()
+    except Exception as error:
+        fail(f"--capture-video: cannot render here ({error}); without a display set MUJOCO_GL=egl or osmesa")
+
+
+def to_obs(obs) -> np.ndarray:
+    """An environment's observation as float32, the type in which it is stored and fed to the networks."""
+    return np.asarray(obs, dtype=np.float32)
+
+
+def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
+    return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
+
+
+def success_interval(successes: int, episodes: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a success rate."""
+    z, rate = 1.96, successes / episodes
+    centre = (rate + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
+    half = z / (1 + z**2 / episodes) * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int, deterministic: bool = False) -> dict[str, float]:
+    """Play episodes, reset with seed + 0, 1, ..., by whole chunks; the generators of training are left as they were.
+
+    Returns means: success_rate with its 95 % interval success_low, success_high (NaN if the task reports no success),
+    return, its standard error, and length.
+    """
+    returns, lengths, successes = np.zeros(episodes), np.zeros(episodes), np.full(episodes, np.nan)
+    device = actor.scale.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        for i in range(episodes):
+            obs, done, queue = env.reset(seed=seed + i)[0], False, []
+            while not done:
+                if not len(queue):
+                    batch = torch.from_numpy(to_obs(obs)).to(device)[None]
+                    queue = actor.act(batch, deterministic).view(-1, env.action_space.low.size).cpu().numpy()
+                action, queue = queue[0], queue[1:]
+                obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
+                returns[i] += float(reward)
+                lengths[i] += 1
+                done = terminated or truncated
+            if "success" in info:
+                successes[i] = float(info["success"])
+    rate = successes.mean()
+    low, high = (math.nan, math.nan) if math.isnan(rate) else success_interval(int(successes.sum()), episodes)
+    return {
+        "success_rate": rate, "success_low": low, "success_high": high, "return": returns.mean(),
+        "return_error": returns.std() / math.sqrt(episodes), "length": lengths.mean(),
+    }  # fmt: skip
+
+
+def describe(scores: dict[str, float]) -> str:
+    """An evaluation in a line."""
+    success = "" if math.isnan(scores["success_rate"]) else (
+        f"success {scores['success_rate']:.2f} [{scores['success_low']:.2f}, {scores['success_high']:.2f}], "
+    )  # fmt: skip
+    return f"{success}return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
+
+
+def find_compiler(device: torch.device):
+    """torch.compile if it works on this machine, else the identity and a note."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        print("the first update compiles the losses, for up to a minute", file=sys.stderr)
+        # Without guards: each function always meets the same shapes and modes, and checking that cost 0.2 ms a call.
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        return lambda function: torch.compile(function, dynamic=False, options=options)
+    except Exception:
+        print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
+        return lambda function: function
+
+
+def matmul_precision(device: torch.device, bf16: bool) -> str:
+    """The precision to ask for in the updates: "medium" if products may be rounded, or if it rounds nothing here.
+
+    On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
+    computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
+    """
+    x = torch.rand(256, 256, device=device)
+    torch.set_float32_matmul_precision("medium")
+    medium = x @ x
+    torch.set_float32_matmul_precision("highest")
+    return "medium" if bf16 or torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
+
+
+class CudaGraph:
+    """`function()` as one CUDA graph: its launch costs the host one call in place of one for every kernel.
+
+    The function takes nothing and returns nothing: it works on tensors that live as long as it does, and draws from
+    the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
+    """
+
+    def __init__(self, function, plain_calls: int = 3):
+        self.function, self.plain_calls, self.graph = function, plain_calls, None
+        self.stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
+
+    def __call__(self) -> None:
+        if self.plain_calls:
+            self.plain_calls -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, runs nothing
+                self.function()
+        self.graph.replay()
+
+
+def main() -> None:
+    args, checkpoint = parse_args()
+    device = torch.device("cuda" if args.cuda else "cpu")
+    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if headless:
+        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
+    if args.capture_video and not args.evaluate:
+        fail("--capture-video goes with --evaluate")
+    package = benchmark_of(args.env_id)
+    files = [None] if package == "minari" or checkpoint and not args.dataset else find_dataset(args)
+    env = make_env(args, "rgb_array" if args.capture_video else None)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
+    run = Path(args.resume or args.evaluate or "runs")
+    if not checkpoint:
+        run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    if args.capture_video:
+        check_video(env)
+
+    data = None if checkpoint else load_data(files[0], env, args)
+    if data is not None and len(data) > args.buffer_size:
+        fail(f"--buffer-size {args.buffer_size} is less than the {len(data)} transitions of {files[0]}: raise it")
+
+    precision = matmul_precision(device, args.bf16)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+
+    velocity = {
+        "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
+        "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
+        "decoded": partial(DecodedVelocity, dim=args.decoder_dim, heads=args.decoder_heads, layers=args.decoder_layers),
+    }[args.velocity]
+    try:
+        actor = Actor(
+            obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel(), chunk=args.chunk, velocity=velocity,
+            flow_steps=args.flow_steps, drift_correction=args.drift_correction, sigma=args.sigma,
+            learn_sigma=args.learn_sigma, sigma_dim=args.sigma_dim,
+        ).to(device)  # fmt: skip
+        sizes = obs_dim, args.chunk * action_dim, args.critic_dim, args.critic_layers
+        critics = nn.ModuleList(Critic(*sizes) for _ in range(2)).to(device)
+        buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
+        sizes = ", ".join(f"--{name.replace('_', '-')}" for name in vars(args) if name.endswith(("_dim", "_size")))
+        fail(f"{str(error).splitlines()[0]} (sizes: {sizes})")
+    if args.evaluate:
+        actor.load_state_dict(checkpoint["actor"])
+        print(f"{run} at step {checkpoint['step']}")
+        if args.capture_video:
+            videos = dict(video_folder=str(run / "videos"), disable_logger=True, name_prefix="evaluation")
+            env = gym.wrappers.RecordVideo(env, episode_trigger=lambda episode: True, **videos)
+        for kind in ("deterministic", "stochastic"):
+            print(f"{kind}: {describe(evaluate(actor, env, args.eval_episodes, args.seed, kind == 'deterministic'))}")
+        env.close()
+        return
+
+    targets = copy.deepcopy(critics).requires_grad_(False)
+    target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
+    log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
+    beta = torch.tensor(float(args.beta), device=device)
+    adam = partial(torch.optim.Adam, fused=True, capturable=True)
+    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
+    critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
+    alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
+    learned = {
+        "actor": actor, "critics": critics, "targets": targets, "actor_optimizer": actor_optimizer,
+        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
+    }  # fmt: skip
+    losses = torch.zeros(len(LOSSES), device=device)
+    step, updates, seconds, saved_step, lengths = 0, 0, 0.0, 0, {"returns.csv": 0, "eval.csv": 0}
+    if checkpoint:
+        for name, part in learned.items():
+            part.load_state_dict(checkpoint[name])
+        log_alpha.data.copy_(checkpoint["log_alpha"])
+        losses.copy_(checkpoint["losses"])
+        buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
+        step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
+        saved_step, lengths = step, checkpoint["lengths"]
+        for name, length in lengths.items():
+            if not (run / name).is_file() or (run / name).stat().st_size < length:
+                fail(f"{run / name} is shorter than when the checkpoint was saved: restore it from a copy")
+    else:
+        buffer.refill(torch.from_numpy(data), len(data))
+        print(f"{len(data)} transitions of {files[0] or args.env_id}", file=sys.stderr)
+
+    if args.track:
+        try:
+            import wandb
+
+            wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        except ImportError:
+            fail("--track needs wandb: pip install -r benchmark/requirements.txt")
+        except Exception as error:
+            fail(f"--track: {(str(error) or type(error).__name__).splitlines()[0]}")
+    try:
+        run.mkdir(parents=True, exist_ok=bool(checkpoint))
+        used = [str(file.resolve()) for file in files if file] or checkpoint and checkpoint["data"] or [args.env_id]
+        (run / "args.json").write_text(json.dumps({**asdict(args), "data": used}, indent=2) + "\n")
+        writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
+        csv_files = {name: open(run / name, "r+" if checkpoint else "w", newline="") for name in lengths}
+        for name, length in lengths.items():
+            csv_files[name].truncate(length)
+            csv_files[name].seek(length)
+    except OSError as error:
+        fail(f"cannot write to {run}: {error.strerror}")
+    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    returns_csv, eval_csv = (csv.writer(file, lineterminator="\n") for file in csv_files.values())
+    if not checkpoint:
+        returns_csv.writerow(["step", "return", "length", "success", "seconds"])
+        scored = ["success_rate", "success_low", "success_high", "return", "return_error", "length"]
+        eval_csv.writerow(["step", "phase", *scored, "episodes", "seconds"])
+
+    eval_env = make_env(args)
+    env.reset(seed=args.seed)
+    env_random = env.unwrapped.np_random.bit_generator
+    episode_return, episode_length, queue = 0.0, 0, np.zeros((0, action_dim), np.float32)
+    if checkpoint:
+        set_random_states(checkpoint["random"], device)
+        env_random.state, episode_length = checkpoint["env_random"], checkpoint["episode_length"]
+        queue = checkpoint["queue"].numpy()
+    episode_random = env_random.state  # before the reset: where this episode can be replayed from
+    obs = to_obs(env.reset()[0])
+    if episode_length:  # the run stopped in an episode: the same reset and actions lead back to the same state
+        for action in buffer.last_actions(min(episode_length, len(buffer))):
+            next_obs, reward, *_ = env.step(to_action(action, env.action_space))
+            obs, episode_return = to_obs(next_obs), episode_return + float(reward)
+        if episode_length > len(buffer) or not np.array_equal(obs, buffer.last_obs()):
+            print("note: the interrupted episode could not be replayed; starting a new one", file=sys.stderr)
+            episode_random, episode_return, episode_length, queue = env_random.state, 0.0, 0, queue[:0]
+            obs = to_obs(env.reset()[0])
+
+    jit = find_compiler(device) if args.compile else lambda function: function
+    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+    fast_critic_loss, fast_actor_loss, fast_matching_loss = jit(critic_loss), jit(actor_loss), jit(flow_matching_loss)
+    policy_obs = torch.zeros(1, obs_dim, device=device)
+    policy_action = torch.zeros(args.chunk, action_dim, device=device)
+    discount = args.gamma**args.chunk
+
+    # The parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
+    def act() -> None:
+        with torch.no_grad():
+            policy_action.copy_(policy(policy_obs, actor.noise(1)).view_as(policy_action))
+
+    def update(offline: bool) -> None:
+        batch, alpha = buffer.sample(args.batch_size, args.chunk, args.gamma), log_alpha.detach().exp()
+        noise = actor.noise(args.batch_size)
+        loss, q = fast_critic_loss(actor, critics, targets, batch, noise, alpha, discount)
+        descend(critic_optimizer, loss)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
+        losses[:2] = torch.stack([loss.detach(), q])
+
+        noise, matching = actor.noise(args.batch_size), torch.zeros((), device=device)
+        loss, bc, log_prob = fast_actor_loss(actor, critics, batch, noise, alpha, beta)
+        if offline:
+            noise, t = torch.randn_like(noise[0]), torch.rand(args.batch_size, 1, device=device)
+            matching = fast_matching_loss(actor, batch, noise, t)
+        descend(actor_optimizer, loss + matching)  # leaves gradients in the critics, cleared before their own
+        loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
+        if args.autotune:
+            descend(alpha_optimizer, loss_alpha)
+        losses[2:] = torch.stack([loss.detach(), matching.detach(), bc, loss_alpha.detach(), alpha, -log_prob])
+
+    update_offline, update_online = partial(update, True), partial(update, False)
+    if args.compile and args.cuda:
+        act, update_offline, update_online = CudaGraph(act), CudaGraph(update_offline), CudaGraph(update_online)
+
+    history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
+
+    def save() -> None:
+        """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
+        nonlocal saved_step
+        for file in csv_files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        mean_losses()
+        for name in ("actor", "critics"):
+            for parameter, value in learned[name].state_dict().items():
+                if not value.isfinite().all():
+                    diverged(step, f"{name}.{parameter}")
+        state = {name: part.state_dict() for name, part in learned.items()}
+        state.update(
+            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), losses=losses, buffer=buffer.filled(),
+            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start, data=used,
+            lengths={name: file.tell() for name, file in csv_files.items()}, random=random_states(device),
+            env_random=episode_random, episode_length=episode_length, queue=torch.from_numpy(queue.copy()),
+        )  # fmt: skip
+        save_checkpoint(run, state)
+        saved_step = step
+
+    def kept() -> str:
+        return f"the checkpoint of step {saved_step} is kept: --resume {run}" if saved_step else "no checkpoint yet"
+
+    def diverged(step: int, name: str) -> NoReturn:
+        fail(f"step {step}: {name} is NaN or infinite; {kept()}")
+
+    def mean_losses() -> torch.Tensor:
+        """Means of the losses since the last call, after a check of each: the updates wait for the host only here."""
+        rows = torch.stack([row for _, row in history]).cpu() if history else torch.zeros(1, len(LOSSES))
+        for row, column in (~rows.isfinite()).nonzero().tolist():
+            diverged(history[row][0], LOSSES[column])
+        history.clear()
+        return rows.mean(0)
+
+    def score() -> None:
+        """Evaluate, and write it down."""
+        phase = "offline" if step <= args.offline_steps else "online"
+        scores = evaluate(actor, eval_env, args.eval_episodes, args.seed)
+        for name, value in scores.items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        elapsed = round(seconds + time.time() - start, 2)
+        eval_csv.writerow([step, phase, *(f"{value:.5g}" for value in scores.values()), args.eval_episodes, elapsed])
+        csv_files["eval.csv"].flush()
+        tqdm.write(f"step {step}, {phase}: {describe(scores)}")
+
+    signals = []  # Ctrl-C or a kill is acted upon at the end of the step; the same again stops at once
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    total = args.offline_steps + args.online_steps
+    bar = tqdm(total=total, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
+    try:
+        while step < total and not signals:
+            online, done = step >= args.offline_steps, True
+            beta.fill_(args.online_beta if online else args.beta)
+            if online:
+                if not np.isfinite(obs).all():
+                    diverged(step, "observation")
+                if not len(queue):
+                    policy_obs.copy_(torch.from_numpy(obs))
+                    act()
+                    queue = policy_action.cpu().numpy().copy()
+                    if not np.isfinite(queue).all():
+                        mean_losses()  # if a loss diverged before, it is the one to name
+                        diverged(step, "action")
+                action, queue = queue[0], queue[1:]
+                next_obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
+                next_obs, reward = to_obs(next_obs), float(reward)
+                if not math.isfinite(reward):
+                    diverged(step + 1, "reward")
+                if not np.isfinite(next_obs).all():  # before it is stored
+                    diverged(step + 1, "observation")
+                buffer.add(obs, action, reward, terminated, next_obs, follows=episode_length > 0)
+                obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
+                done = terminated or truncated
+            elif step and step % args.rotate_every == 0 and len(files) > 1:
+                data = load_data(files[step // args.rotate_every % len(files)], eval_env, args)
+                buffer.refill(torch.from_numpy(data[: args.buffer_size]), min(len(data), args.buffer_size))
+            step += 1
+            bar.update()
+
+            if not online or step - args.offline_steps > args.online_start:
+                torch.set_float32_matmul_precision(precision)
+                for _ in range(args.utd if online else 1):
+                    (update_online if online else update_offline)()
+                    updates += 1
+                    history.append((step, losses.clone()))
+                if updates % 1000 == 0:
+                    batch_obs, *_ = buffer.sample(args.batch_size, args.chunk, args.gamma)
+                    noise, alpha = actor.noise(args.batch_size), log_alpha.detach().exp()
+                    norms = gradient_norms(actor, critics, batch_obs, noise, alpha)
+                    for i, norm in enumerate(norms.tolist()):
+                        writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
+                torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
+                if step % 100 == 0:
+                    means = mean_losses().tolist()
+                    for name, value in zip(LOSSES, means, strict=True):
+                        writer.add_scalar(f"losses/{name}", value, step)
+                    writer.add_scalar("charts/SPS", (step - first_step) / (time.time() - start), step)
+                    writer.add_scalar("charts/online", float(online), step)
+                    recent = f"{np.mean(last_returns):.0f}" if last_returns else "-"
+                    bar.set_postfix({"return": recent, "bc": f"{means[4]:.3g}"}, refresh=False)
+
+            if online and done:
+                elapsed = seconds + time.time() - start
+                writer.add_scalar("charts/episodic_return", episode_return, step)
+                writer.add_scalar("charts/episodic_length", episode_length, step)
+                success = float(info.get("success", math.nan))
+                returns_csv.writerow([step, episode_return, episode_length, success, round(elapsed, 2)])
+                csv_files["returns.csv"].flush()
+                last_returns.append(episode_return)
+                episode_random, episode_return, episode_length, queue = env_random.state, 0.0, 0, queue[:0]
+            if step % args.eval_every == 0 or step in (args.offline_steps, total):
+                score()
+            if done and step - saved_step >= args.save_every:
+                save()
+            if online and done:
+                obs = to_obs(env.reset()[0])
+        save()
+    except OSError as error:
+        fail(f"step {step}: {error}; {kept()}")
+    finally:
+        bar.close()
+        env.close()
+        for file in (writer, *csv_files.values()):
+            with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
+                file.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if step < total:
+        print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
+        raise SystemExit(128 + signals[0])
+    print(f"saved in {run}")
+
+
+if __name__ == "__main__":
+    main()
