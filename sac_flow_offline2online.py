@@ -82,17 +82,17 @@ class Args:
     """lift, can or square (robosuite), an OGBench singletask id (cube-single-play-singletask-task1-v0), or the id of a
     Minari data set (mujoco/hopper/medium-v0)"""
     dataset: Optional[str] = None
-    """file with the data (robomimic's .hdf5, OGBench's .npz), or a folder of .npz files that are used in turn;
-    default: where the packages keep what they download, then data/"""
+    """file with the data (robomimic's .hdf5, OGBench's .npz), a folder of .npz files that are used in turn, or the root
+    folder of Minari data sets; default: where the packages keep what they download, then data/"""
     collect: Optional[int] = None
     """episodes to collect with scripted experts if the data cannot be had; default 100 for robosuite, else 0"""
     seed: int = 1
     """seed of every random generator"""
-    offline_steps: int = 20_000
+    offline_steps: int = 5_000
     """updates on the data alone, before the environment is first used"""
-    online_steps: int = 20_000
+    online_steps: int = 10_000
     """environment steps after them"""
-    eval_every: int = 10_000
+    eval_every: int = 2_500
     """steps between evaluations; there is one at the end of each phase, too"""
     eval_episodes: int = 50
     """episodes of an evaluation"""
@@ -106,7 +106,7 @@ class Args:
     """write videos of the episodes of --evaluate to <run>/videos"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
-    save_every: int = 10_000
+    save_every: int = 5_000
     """steps between checkpoints; online each is saved at the next end of an episode, and one at the end of the run"""
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
@@ -1018,7 +1018,8 @@ def main() -> None:
     if args.capture_video and not args.evaluate:
         fail("--capture-video goes with --evaluate")
     package = benchmark_of(args.env_id)
-    files = [None] if package == "minari" or checkpoint and not args.dataset else find_dataset(args)
+    in_memory = checkpoint and not (args.dataset and Path(args.dataset).is_dir())  # one file's data is saved
+    files = [None] if package == "minari" or in_memory or args.evaluate else find_dataset(args)
     env = make_env(args, "rgb_array" if args.capture_video else None)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
     run = Path(args.resume or args.evaluate or "runs")
@@ -1305,6 +1306,7 @@ def main() -> None:
     finally:
         bar.close()
         env.close()
+        eval_env.close()
         for file in (writer, *csv_files.values()):
             with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
                 file.close()

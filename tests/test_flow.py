@@ -171,6 +171,37 @@ def test_gradient_is_the_rnn_product_of_jacobians(script, drift_correction):
         torch.testing.assert_close(gradient[i, 0], expected)
 
 
+def test_growth_is_bounded_by_the_velocitys_jacobian_whatever_k_is(script):
+    """|prod (I + dt J_i)| <= prod (1 + dt |J_i|) <= exp(mean |J_i|): more steps alone cannot make it explode."""
+    for k in (1, 4, 32):
+        actor = make_actor(script, k, drift_correction=False)
+        obs, noise = torch.randn(1, 5).double(), torch.randn(k + 1, 1, 3).double()
+        noise[1:] = 0
+        path = actor.rollout(obs, noise)[2].detach()
+        dv = [jacobian(lambda a, i=i: actor.velocity(i / k, a[None], obs)[0], path[i, 0]) for i in range(k)]  # noqa: B023
+        product = torch.eye(3).double()
+        for matrix in dv:
+            product = (torch.eye(3).double() + matrix / k) @ product
+        bound = torch.stack([torch.linalg.matrix_norm(matrix, 2) for matrix in dv]).mean().exp()
+        assert torch.linalg.matrix_norm(product, 2) <= bound
+
+
+@pytest.mark.parametrize("k", [4, 16])
+def test_the_score_term_alone_contracts(script, k):
+    """With v = 0 step i multiplies the gradient by 1 - sigma^2 / (2 (K - i)): in all about K^(-sigma^2 / 2)."""
+    actor = script.Actor(5, LOW, HIGH, flow_steps=k)
+    actor.velocity_net.forward = lambda t, a, memory: torch.zeros_like(a)
+    nn.init.zeros_(actor.sigma_net[-1].weight)
+    nn.init.constant_(actor.sigma_net[-1].bias, math.atanh(1.5 / 3.5))  # sigma = 1
+    noise = torch.randn(k + 1, 6, 3)
+    probe = torch.zeros_like(noise, requires_grad=True)
+    path = actor.rollout(torch.randn(6, 5), noise, probe)[2]
+    (gradient,) = torch.autograd.grad(path[-1].sum(), probe)
+    expected = math.prod(1 - 1 / (2 * (k - i)) for i in range(k))
+    torch.testing.assert_close(gradient[0], torch.full((6, 3), expected))
+    assert expected < 1.1 * k**-0.5
+
+
 def test_flow_g_step_is_a_gru_update():
     import sac_flow_g as script
 
