@@ -12,9 +12,11 @@ Writes <out>/frozen_critic.csv and a figure: means over seeds, bands of the rang
 
 import importlib
 import itertools
+import statistics
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -71,22 +73,48 @@ def train(script, old_actor, critics, all_obs, alpha, k, scale, drift, seed, arg
         optimizer.step()
 
 
-def draw(axis, rows: list[dict], column: str) -> None:
-    """One line per velocity against the update: mean over seeds, band of the range."""
-    for name in NAMES:
-        points = defaultdict(list)
-        for row in rows:
-            if row["script"] == name:
-                points[row["update"]].append(row[column])
-        x = sorted(points)
-        axis.plot(x, [sum(points[u]) / len(points[u]) for u in x], label=NAMES[name], color=COLORS[name])
-        low, high = [min(points[u]) for u in x], [max(points[u]) for u in x]
-        axis.fill_between(x, low, high, color=COLORS[name], alpha=0.2, lw=0)
+def draw(rows: list[dict], path: Path) -> None:
+    """A column of panels per setting: a line per velocity against the update, mean over seeds, band of the range.
+
+    The loss is shown above the lowest of the velocities on the same batch, whose noise is so taken out.
+    """
+    plt = pyplot()
+    setting_of = itemgetter("K", "weight_scale", "drift_correction")
+    settings, batches = list(dict.fromkeys(map(setting_of, rows))), defaultdict(list)
+    for row in rows:
+        batches[setting_of(row), row["seed"], row["update"]].append(row["loss"])
+    for row in rows:
+        row["excess"] = row["loss"] - min(batches[setting_of(row), row["seed"], row["update"]])
+    labels = {"excess": "loss above the lowest", "growth": "|dL/dA_0| / |dL/dA_K|", "gradient": "|dL/dparameters|"}
+    figure, axes = plt.subplots(3, len(settings), figsize=(2.2 * len(settings), 6.5), sharex=True, sharey="row")
+    for column, setting in zip(axes.reshape(3, -1).T, settings, strict=True):
+        for axis, name in zip(column, labels, strict=True):
+            for script in NAMES:
+                points = defaultdict(list)
+                for row in rows:
+                    if setting_of(row) == setting and row["script"] == script:
+                        points[row["update"]].append(row[name])
+                x, values = sorted(points), [points[update] for update in sorted(points)]
+                mean = [sum(v) / len(v) if name == "excess" else statistics.geometric_mean(v) for v in values]
+                axis.plot(x, mean, label=NAMES[script], color=COLORS[script])
+                axis.fill_between(x, [*map(min, values)], [*map(max, values)], color=COLORS[script], alpha=0.2, lw=0)
+            if name == "excess":
+                axis.set_yscale("symlog", linthresh=1)
+            else:
+                axis.set_yscale("log")
+        k, scale, drift = setting
+        column[0].set_title(f"K = {k}, weights x {scale:g}\n{'' if drift else 'no '}drift correction", fontsize=9)
+        column[2].set_xlabel("update")
+    for axis, label in zip(axes.reshape(3, -1)[:, 0], labels.values(), strict=True):
+        axis.set_ylabel(label)
+    axes.flat[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    plt = pyplot()
+    pyplot()  # before the work: it may be missing
     torch.set_num_threads(1)  # the networks are small
     old_actor, critics, state = load(args.run)
     critics.requires_grad_(False)
@@ -102,25 +130,7 @@ def main() -> None:
                 rows.append({**point, **row})
         print(f"K = {k}, weights x {scale:g}, drift correction {drift}: done", file=sys.stderr)
         write(args.out / "frozen_critic.csv", rows)  # now and then: the whole takes a while
-
-    labels = {"loss": "actor's loss", "growth": "|dL/dA_0| / |dL/dA_K|", "gradient": "|dL/dparameters|"}
-    figure, axes = plt.subplots(3, len(settings), figsize=(2.6 * len(settings), 7.5), sharex=True, squeeze=False)
-    for column, (k, scale, drift) in enumerate(settings):
-        chosen = [r for r in rows if (r["K"], r["weight_scale"], r["drift_correction"]) == (k, scale, drift)]
-        for axis, (name, label) in zip(axes[:, column], labels.items(), strict=True):
-            draw(axis, chosen, name)
-            axis.set_yscale("linear" if name == "loss" else "log")
-            if not column:
-                axis.set_ylabel(label)
-        axes[0, column].set_title(f"K = {k}, weights x {scale:g}\n{'' if drift else 'no '}drift correction")
-        axes[2, column].set_xlabel("update")
-    for row in axes[1:]:  # one scale for what is compared across settings
-        low, high = zip(*(axis.get_ylim() for axis in row), strict=True)
-        for axis in row:
-            axis.set_ylim(min(low), max(high))
-    axes[0, 0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(args.out / "frozen_critic.png", dpi=110)
+    draw(rows, args.out / "frozen_critic.png")
 
 
 if __name__ == "__main__":
