@@ -21,6 +21,12 @@ To go on with a run, --resume runs/<name>; to watch it, --evaluate runs/<name> -
 #     "tensorboard==2.21.0",
 #     "tqdm==4.70.1",
 #     "numpy>=1.26,<3",
+#     "ogbench==1.2.2",
+#     "robosuite==1.5.2",
+#     "dm_control==1.0.41",
+#     "h5py==3.16.0",
+#     "minari[hdf5]==0.5.3",
+#     "numpy==1.26.4",
 # ]
 # ///
 
@@ -58,7 +64,7 @@ SCRIPT = Path(__file__).stem
 LOSSES = ("qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy")
 # robosuite's tasks: its environment's name, the horizon of robomimic's data sets
 ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("NutAssemblySquare", 400)}
-# The environments of robomimic's v1.5 data sets, as their files describe them
+# The environments of robomimic's v1.5 data sets, as public quotations of their env_args give them
 ROBOSUITE_KWARGS = dict(
     robots=["Panda"], control_freq=20, lite_physics=False, reward_shaping=False, ignore_done=True, has_renderer=False,
     use_camera_obs=False, controller_configs=dict(type="BASIC", body_parts=dict(right=dict(
@@ -68,6 +74,7 @@ ROBOSUITE_KWARGS = dict(
         control_delta=True, interpolation=None, ramp_ratio=0.2, input_ref_frame="world", gripper=dict(type="GRIP"),
     ))),
 )  # fmt: skip
+COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dim observation
 # The paper's weights of the BC term, offline and online; 100 and 100 for what it does not list.
 BETA = {"cube-double": (300, 300), "lift": (10_000, 1_000), "can": (10_000, 1_000), "square": (10_000, 1_000)}
@@ -92,7 +99,7 @@ class Args:
     """updates on the data alone, before the environment is first used"""
     online_steps: int = 10_000
     """environment steps after them"""
-    eval_every: int = 2_500
+    eval_every: int = 5_000
     """steps between evaluations; there is one at the end of each phase, too"""
     eval_episodes: int = 50
     """episodes of an evaluation"""
@@ -192,7 +199,7 @@ class ReplayBuffer:
     """Ring buffer of single transitions on the training device, from which chunks of successive ones are drawn."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.widths = [obs_dim, action_dim, 1, 1, 1, obs_dim]  # obs, action, reward, terminated, last, next_obs
+        self.widths = [obs_dim, action_dim, 1, 1, 1, obs_dim]  # COLUMNS
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.last = obs_dim + action_dim + 2  # the column that says: no row of the same episode follows
         self.added = 0  # transitions ever added; the next one goes to row added % capacity
@@ -642,6 +649,10 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     check(args.target_entropy is None or math.isfinite(args.target_entropy), "target_entropy", "finite")
     check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
     check(args.offline_steps + args.online_steps > 0, "online_steps", "above 0 if --offline-steps is 0")
+    if 0 < args.online_steps <= args.online_start:
+        fail(f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: lower it")
+    if args.collect and (args.dataset or benchmark_of(args.env_id) == "minari"):
+        fail("--collect is for robosuite and OGBench without --dataset; benchmark/collect.py makes other data")
     if args.learn_sigma:
         check(math.exp(-5) < args.sigma < math.exp(2), "sigma", "in (0.0068, 7.38), the range of a learned one")
     if args.autotune and not (args.learn_sigma and args.alpha > 0):
@@ -660,7 +671,7 @@ def benchmark_of(env_id: str) -> str:
     """The package that has the task: robosuite, ogbench or minari. Stops the program if it is not installed."""
     package = "robosuite" if env_id in ROBOSUITE else "ogbench" if "-singletask" in env_id else "minari"
     warnings.filterwarnings("ignore", module="gymnasium|minari|robosuite")
-    logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger("robosuite_logs").disabled = True  # its notes on what it lacks and we do not need
     try:
         __import__(package)
         __import__("h5py")
@@ -668,6 +679,11 @@ def benchmark_of(env_id: str) -> str:
         install = "pip install -r requirements.txt -r benchmark/requirements-offline2online.txt"
         fail(f"--env-id {env_id} needs {error.name or package}: {install}")
     return package
+
+
+def play_set(env_id: str) -> str:
+    """The OGBench data set of a task: cube-single-play-v0 for each of the singletask environments of it."""
+    return re.sub(r"-singletask(-task\d)?", "", env_id)
 
 
 class RobosuiteEnv(gym.Env):
@@ -736,8 +752,11 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     obs, action = env.observation_space, env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         fail(f"--env-id {args.env_id}: observations must be a Box of one dimension, not {obs}; choose another task")
-    if not isinstance(action, gym.spaces.Box) or not np.isfinite(action.high - action.low).all():
-        fail(f"--env-id {args.env_id}: actions must be a Box with finite bounds, not {action}; choose another task")
+    if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
+        fail(f"--env-id {args.env_id}: actions must be a Box of real numbers, not {action}; choose another task")
+    extent = action.high.astype(np.float32) - action.low.astype(np.float32)
+    if not (np.isfinite(extent).all() and (extent > 0).all()):
+        fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; choose another task")
     return env
 
 
@@ -745,8 +764,8 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
     """Collect data with benchmark/collect.py into data/, if --collect or the task's default allows it."""
     episodes = args.collect if args.collect is not None else 100 if args.env_id in ROBOSUITE else 0
     suffix = ".hdf5" if args.env_id in ROBOSUITE else ".npz"
-    name = re.sub(r"-singletask(-task\d)?", "", args.env_id)
-    path, places = Path("data") / f"{name}-{episodes}{suffix}", ", ".join(map(str, looked))
+    name, places = play_set(args.env_id), ", ".join(map(str, looked))
+    path = Path("data") / f"{name}-{episodes}{suffix}"
     if episodes and path.is_file():
         return path
     if not episodes:
@@ -754,7 +773,11 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
     print(f"no data at {places} or {path}: collecting {episodes} scripted episodes", file=sys.stderr)
     program = Path(__file__).parent / "benchmark" / "collect.py"
     flags = ["--env-id", name, "--episodes", str(episodes), "--seed", "1", "--out", str(path)]
-    if not program.is_file() or subprocess.run([sys.executable, str(program), *flags]).returncode:
+    try:
+        made = program.is_file() and not subprocess.run([sys.executable, str(program), *flags]).returncode
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # the collector has said what it keeps
+    if not made:
         fail(f"--collect: {program} did not make {path}; run it to see why, or name the data by --dataset")
     return path
 
@@ -777,13 +800,12 @@ def find_dataset(args: Args) -> list[Path]:
     else:
         import ogbench
 
-        name = re.sub(r"-singletask(-task\d)?", "", args.env_id)
+        name = play_set(args.env_id)
         published, advice = [Path.home() / ".ogbench" / "data" / f"{name}.npz"], ""
-        found = [path for path in published if path.is_file()]
-        if not found and args.collect is None:
+        if not published[0].is_file():
             with contextlib.suppress(OSError):  # no network, or nothing of this name
                 ogbench.utils.download_datasets([name])
-                found = published
+        found = [path for path in published if path.is_file()]
     return found[:1] or [collect(args, published, advice)]
 
 
@@ -794,22 +816,26 @@ def minari_dataset(args: Args):
     if args.dataset:
         os.environ["MINARI_DATASETS_PATH"] = str(Path(args.dataset).expanduser())
     try:
-        return minari.load_dataset(args.env_id)
-    except Exception:
-        try:
-            return minari.load_dataset(args.env_id, download=True)
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            where = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
-            make = f"python benchmark/collect.py --env-id {args.env_id} --policy runs/<name>"
-            fail(f"--env-id {args.env_id}: no such task, nor Minari data set in {where} ({reason}); make one: {make}")
+        return minari.load_dataset(args.env_id, download=True)  # if it is not there
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        where = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
+        make = f"python benchmark/collect.py --env-id {args.env_id} --policy runs/<name>"
+        fail(f"--env-id {args.env_id}: no such task, nor Minari data set in {where} ({reason}); make one: {make}")
+
+
+def joined(episodes: list[dict]) -> dict:
+    """The arrays of several episodes end to end, with `last`, True on the last row of each."""
+    for episode in episodes:
+        episode["last"] = np.arange(len(episode["reward"])) == len(episode["reward"]) - 1
+    return {key: np.concatenate([episode[key] for episode in episodes]) for key in COLUMNS} if episodes else {}
 
 
 def read_robomimic(path: Path, task: str) -> dict:
     """Arrays of a robomimic low-dim file, see `load_data`."""
     import h5py
 
-    parts = []
+    episodes = []
     with h5py.File(path) as file:
         made_in = json.loads(file["data"].attrs.get("env_args", "{}")).get("env_name", ROBOSUITE[task][0])
         if made_in != ROBOSUITE[task][0]:
@@ -818,17 +844,18 @@ def read_robomimic(path: Path, task: str) -> dict:
             demo = file["data"][name]
             obs, next_obs = (np.concatenate([demo[kind][k][:] for k in OBS_KEYS], 1) for kind in ("obs", "next_obs"))
             reward = demo["rewards"][:]
-            # `dones` is also 1 at a demonstration's end; only success terminates.
-            last = np.arange(len(reward)) == len(reward) - 1
-            parts.append(dict(obs=obs, action=demo["actions"][:], reward=reward - 1, terminated=reward > 0, last=last))
-            parts[-1]["next_obs"] = next_obs
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
+            ends = dict(terminated=reward > 0)  # `dones` is also 1 at a demonstration's end, which is no termination
+            episodes.append(dict(obs=obs, action=demo["actions"][:], reward=reward - 1, **ends, next_obs=next_obs))
+    return joined(episodes)
 
 
 def read_ogbench(path: Path, env: gym.Env, args: Args) -> dict:
     """Arrays of an OGBench play file with the rewards of the task, see `load_data`."""
     import ogbench
 
+    with np.load(path) as file:
+        if not file["terminals"].any():
+            return {}  # the reader below would take the end of the file for one
     data = ogbench.utils.load_dataset(str(path), add_info=True)
     ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
     reward = -(data["rewards"] != 0).astype(np.float32) if args.sparse else data["rewards"]
@@ -840,19 +867,20 @@ def read_ogbench(path: Path, env: gym.Env, args: Args) -> dict:
 
 def read_minari(dataset) -> dict:
     """Arrays of a Minari data set, see `load_data`."""
-    parts = []
-    for episode in dataset.iterate_episodes():
-        last = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
-        obs, next_obs = episode.observations[:-1], episode.observations[1:]
-        ends = dict(terminated=episode.terminations, last=last)
-        parts.append(dict(obs=obs, action=episode.actions, reward=episode.rewards, **ends, next_obs=next_obs))
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
+    return joined([
+        dict(
+            obs=episode.observations[:-1], action=episode.actions, reward=episode.rewards,
+            terminated=episode.terminations, next_obs=episode.observations[1:],
+        )
+        for episode in dataset.iterate_episodes()
+    ])  # fmt: skip
 
 
-def load_data(path: Optional[Path], env: gym.Env, args: Args) -> np.ndarray:
+def load_data(path: Optional[Path], env: gym.Env, args: Args) -> torch.Tensor:
     """One data file as rows of `ReplayBuffer`, float32; stops the program if it is damaged or does not fit `env`.
 
-    terminated is success: only it ends the bootstrap. last marks the end of a recorded trajectory, whatever its cause.
+    terminated, a success in the manipulation tasks, ends the bootstrap; last, the end of a recorded trajectory for
+    whatever reason, does not.
     """
     package = benchmark_of(args.env_id)
     try:
@@ -864,12 +892,14 @@ def load_data(path: Optional[Path], env: gym.Env, args: Args) -> np.ndarray:
             path = args.env_id
             data = read_minari(minari_dataset(args))
     except KeyError as error:
-        fail(f"{path} has no {error.args[0] if error.args else error}: not a data set for --env-id {args.env_id}")
+        fail(f"{path} lacks what a data set for --env-id {args.env_id} has ({error.args[0]}): name another --dataset")
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         fail(f"{path} is truncated, corrupted or of another format ({reason}): fetch it again, or another --dataset")
     if not data or not data["last"].any():
         fail(f"{path} has no complete episode: name another --dataset")
+    if len({len(values) for values in data.values()}) > 1:
+        fail(f"{path}: its arrays differ in length, or its last episode has no end: fetch it again")
     for key, space in (("obs", env.observation_space), ("action", env.action_space)):
         if data[key].shape[1:] != space.shape:
             fail(f"{path}: {key} has shape {data[key].shape[1:]}, that of --env-id {args.env_id} {space.shape}")
@@ -882,9 +912,10 @@ def load_data(path: Optional[Path], env: gym.Env, args: Args) -> np.ndarray:
     longest = int(np.diff(np.flatnonzero(data["last"]), prepend=-1).max())
     if args.chunk > longest:
         fail(f"--chunk {args.chunk} is longer than every episode of {path}: at most {longest}")
-    data["last"][-1] = True
-    columns = [np.asarray(data[key], np.float32).reshape(len(data["last"]), -1) for key in data]
-    return np.concatenate(columns, axis=1)
+    if len(data["last"]) > args.buffer_size:
+        fail(f"--buffer-size {args.buffer_size} is less than the {len(data['last'])} transitions of {path}: raise it")
+    columns = [np.asarray(data[key], np.float32).reshape(len(data["last"]), -1) for key in COLUMNS]
+    return torch.from_numpy(np.concatenate(columns, axis=1))
 
 
 def check_video(env: gym.Env) -> None:
@@ -919,7 +950,7 @@ def success_interval(successes: int, episodes: int) -> tuple[float, float]:
 
 
 def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int, deterministic: bool = False) -> dict[str, float]:
-    """Play episodes, reset with seed + 0, 1, ..., by whole chunks; the generators of training are left as they were.
+    """Play episodes, reset with seed + 0, 1, ..., by whole chunks; torch's generators are left as they were.
 
     Returns means: success_rate with its 95 % interval success_low, success_high (NaN if the task reports no success),
     return, its standard error, and length.
@@ -1017,9 +1048,6 @@ def main() -> None:
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
     if args.capture_video and not args.evaluate:
         fail("--capture-video goes with --evaluate")
-    package = benchmark_of(args.env_id)
-    in_memory = checkpoint and not (args.dataset and Path(args.dataset).is_dir())  # one file's data is saved
-    files = [None] if package == "minari" or in_memory or args.evaluate else find_dataset(args)
     env = make_env(args, "rgb_array" if args.capture_video else None)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
     run = Path(args.resume or args.evaluate or "runs")
@@ -1028,9 +1056,12 @@ def main() -> None:
     if args.capture_video:
         check_video(env)
 
-    data = None if checkpoint else load_data(files[0], env, args)
-    if data is not None and len(data) > args.buffer_size:
-        fail(f"--buffer-size {args.buffer_size} is less than the {len(data)} transitions of {files[0]}: raise it")
+    if checkpoint:
+        files = [Path(file) for file in checkpoint["files"]]
+    else:
+        files = [] if benchmark_of(args.env_id) == "minari" else find_dataset(args)
+        for file in reversed(files or [None]):  # all are checked before the work, the first is kept
+            data = load_data(file, env, args)
 
     precision = matmul_precision(device, args.bf16)
     random.seed(args.seed)
@@ -1091,8 +1122,9 @@ def main() -> None:
             if not (run / name).is_file() or (run / name).stat().st_size < length:
                 fail(f"{run / name} is shorter than when the checkpoint was saved: restore it from a copy")
     else:
-        buffer.refill(torch.from_numpy(data), len(data))
-        print(f"{len(data)} transitions of {files[0] or args.env_id}", file=sys.stderr)
+        buffer.refill(data, len(data))
+        print(f"{len(data)} transitions of {files[0] if files else args.env_id}", file=sys.stderr)
+        del data
 
     if args.track:
         try:
@@ -1105,8 +1137,8 @@ def main() -> None:
             fail(f"--track: {(str(error) or type(error).__name__).splitlines()[0]}")
     try:
         run.mkdir(parents=True, exist_ok=bool(checkpoint))
-        used = [str(file.resolve()) for file in files if file] or checkpoint and checkpoint["data"] or [args.env_id]
-        (run / "args.json").write_text(json.dumps({**asdict(args), "data": used}, indent=2) + "\n")
+        used = [str(file.resolve()) for file in files]
+        (run / "args.json").write_text(json.dumps({**asdict(args), "files": used}, indent=2) + "\n")
         writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
         csv_files = {name: open(run / name, "r+" if checkpoint else "w", newline="") for name in lengths}
         for name, length in lengths.items():
@@ -1192,7 +1224,7 @@ def main() -> None:
         state = {name: part.state_dict() for name, part in learned.items()}
         state.update(
             script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), losses=losses, buffer=buffer.filled(),
-            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start, data=used,
+            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start, files=used,
             lengths={name: file.tell() for name, file in csv_files.items()}, random=random_states(device),
             env_random=episode_random, episode_length=episode_length, queue=torch.from_numpy(queue.copy()),
         )  # fmt: skip
@@ -1259,7 +1291,7 @@ def main() -> None:
                 done = terminated or truncated
             elif step and step % args.rotate_every == 0 and len(files) > 1:
                 data = load_data(files[step // args.rotate_every % len(files)], eval_env, args)
-                buffer.refill(torch.from_numpy(data[: args.buffer_size]), min(len(data), args.buffer_size))
+                buffer.refill(data, len(data))
             step += 1
             bar.update()
 
@@ -1269,7 +1301,7 @@ def main() -> None:
                     (update_online if online else update_offline)()
                     updates += 1
                     history.append((step, losses.clone()))
-                if updates % 1000 == 0:
+                if step % 1000 == 0:
                     batch_obs, *_ = buffer.sample(args.batch_size, args.chunk, args.gamma)
                     noise, alpha = actor.noise(args.batch_size), log_alpha.detach().exp()
                     norms = gradient_norms(actor, critics, batch_obs, noise, alpha)

@@ -564,7 +564,7 @@ def run(args: Args, parts: Path) -> None:
         total += max(1, args.episodes // 10)
         outs[args.out.with_name(f"{args.out.stem}-val.npz")] = range(args.episodes, total)
     for out in outs:
-        if out.exists():
+        if out.exists() and not parts.exists():  # else it is from a merge that was interrupted
             fail(f"{out} exists: move it away or choose another --out")
     keep_settings(parts, settings_of(args))
     missing = [i for i in range(total) if not (parts / f"{i}.npz").exists()]

@@ -1,0 +1,517 @@
+"""sac_flow_offline2online.py with its tasks: loaders in the true formats, both phases, resume, bad input."""
+
+import csv
+import importlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import command
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import sac_flow_offline2online as script
+
+h5py, minari, ogbench = (pytest.importorskip(name) for name in ("h5py", "minari", "ogbench"))
+
+NAME = "sac_flow_offline2online"
+PENDULUM = ["--env-id", "tests/pendulum-v0"]
+SMALL = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --decoder-dim 8 --batch-size 16 --no-compile --no-cuda".split()
+SHORT = [*SMALL, "--eval-episodes", 2, "--eval-every", 40, "--online-start", 10]
+robosuite_installed = importlib.util.find_spec("robosuite") is not None
+needs_robosuite = pytest.mark.skipif(not robosuite_installed, reason="needs robosuite")
+
+
+def write_robomimic(path: Path, lengths=(6, 7, 8), sizes=(3, 4, 2, 10), drop=(), env_name="Lift", **changes) -> None:
+    """A file of robomimic's layout; the demonstrations succeed in their last two rows, the first in none."""
+    generator, keys = np.random.default_rng(0), dict(zip(script.OBS_KEYS, sizes, strict=True))
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs.update(env_args=json.dumps({"env_name": env_name}), total=sum(lengths))
+        for i in reversed(range(len(lengths))):
+            demo, n = data.create_group(f"demo_{i}"), lengths[i]
+            demo.attrs["num_samples"] = n
+            reward = (np.arange(n) >= n - 2) * float(i > 0)
+            states = generator.normal(size=(n + 1, sum(sizes)))
+            states[:, 0] = i
+            dones = (np.arange(n) == n - 1) | (reward > 0)
+            arrays = dict(actions=generator.uniform(-1, 1, (n, 7)), rewards=reward, dones=dones) | changes
+            for name, values in arrays.items():
+                if name not in drop:
+                    demo[name] = values
+            for kind, rows in (("obs", states[:-1]), ("next_obs", states[1:])):
+                for (key, _), part in zip(keys.items(), np.split(rows, np.cumsum(sizes)[:-1], axis=1), strict=True):
+                    demo[f"{kind}/{key}"] = part
+
+
+def columns(rows: torch.Tensor, obs_dim: int, action_dim: int) -> list[np.ndarray]:
+    """obs, action, reward, terminated, last, next_obs of rows of the buffer."""
+    widths = np.cumsum([obs_dim, action_dim, 1, 1, 1])
+    return [part.squeeze(1) if part.shape[1] == 1 else part for part in np.split(rows.numpy(), widths, axis=1)]
+
+
+class Spaces:
+    """Stands for an environment of which a loader needs the spaces."""
+
+    def __init__(self, obs_dim, action_dim):
+        Box = importlib.import_module("gymnasium").spaces.Box
+        self.observation_space, self.action_space = Box(-np.inf, np.inf, (obs_dim,)), Box(-1, 1, (action_dim,))
+
+
+@needs_robosuite
+def test_robomimic_rows(tmp_path):
+    """Demonstrations in the order of their numbers; reward - 1; success terminates, a demonstration's end does not."""
+    path = tmp_path / "low_dim_v15.hdf5"
+    lengths = [5] * 10 + [6]  # demo_10 comes after demo_9, not after demo_1
+    write_robomimic(path, lengths)
+    rows = script.load_data(path, Spaces(19, 7), script.Args())
+    obs, action, reward, terminated, last, next_obs = columns(rows, 19, 7)
+    assert obs[:, 0].tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
+    assert np.flatnonzero(last).tolist() == (np.cumsum(lengths) - 1).tolist()
+    assert reward[:5].tolist() == [-1] * 5 and not terminated[:5].any()  # no success: `dones` alone does not terminate
+    assert reward[5:10].tolist() == [-1, -1, -1, 0, 0] and terminated[5:10].tolist() == [0, 0, 0, 1, 1]
+    with h5py.File(path) as file:
+        demo = file["data/demo_3"]
+        expected = np.concatenate([demo[f"obs/{key}"] for key in script.OBS_KEYS], axis=1)
+        np.testing.assert_array_equal(obs[15:20], expected.astype(np.float32))
+        np.testing.assert_array_equal(action[15:20], demo["actions"][:].astype(np.float32))
+    same = last[:-1] == 0
+    np.testing.assert_array_equal(next_obs[:-1][same], obs[1:][same])
+
+
+def write_ogbench(path: Path, episodes=2, rows=41) -> None:
+    """A cube-single play file: the cube is at its goal of task 1 in some rows of the middle."""
+    generator, n = np.random.default_rng(0), episodes * rows
+    goal = cube_env().unwrapped._data.mocap_pos[0]
+    qpos = generator.normal(size=(n, 21)).astype(np.float32)
+    qpos[15:19, 14:17] = goal + 0.01
+    terminals = np.arange(n) % rows == rows - 1
+    actions = generator.uniform(-1, 1, (n, 5)).astype(np.float32)
+    arrays = dict(observations=generator.normal(size=(n, 28)).astype(np.float32), actions=actions, terminals=terminals)
+    np.savez_compressed(path, **arrays, qpos=qpos, qvel=np.zeros((n, 20), np.float32))
+
+
+CUBE = "cube-single-play-singletask-task1-v0"
+
+
+def cube_env():
+    env = ogbench.make_env_and_datasets(CUBE, env_only=True)
+    env.reset(seed=0)
+    return env
+
+
+def test_ogbench_rows_are_those_of_its_own_reader(tmp_path):
+    path = tmp_path / "cube.npz"
+    write_ogbench(path)
+    write_ogbench(tmp_path / "cube-val.npz")
+    args = script.Args(env_id=CUBE, sparse=False)
+    env, data, _ = ogbench.make_env_and_datasets(CUBE, dataset_path=str(path))
+    obs, action, reward, terminated, last, next_obs = columns(script.load_data(path, env, args), 28, 5)
+    pairs = {"observations": obs, "actions": action, "next_observations": next_obs, "rewards": reward}
+    for theirs, ours in pairs.items():
+        np.testing.assert_array_equal(ours, data[theirs])
+    assert len(obs) == 80 and np.flatnonzero(last).tolist() == [39, 79] == np.flatnonzero(data["terminals"]).tolist()
+    assert np.flatnonzero(terminated).tolist() == [15, 16, 17, 18] and (reward[15:19] == 0).all()  # and on it goes
+    buffer = script.ReplayBuffer(80, 28, 5, torch.device("cpu"))
+    buffer.refill(script.load_data(path, env, args), 80)
+    chunk = script.merge_chunks(*buffer.rows[None, 12:17].split(buffer.widths, dim=2), 1.0)
+    _, _, own, reward, terminated, valid, _ = chunk
+    assert (reward, terminated, valid) == (-3, 1, 1) and own.all()  # nothing is added after the success, all is cloned
+
+
+def test_success_belongs_to_the_state_before_the_step():
+    """OGBench's timing since 1.2, in which the environment agrees with the labels of the data: r(s)."""
+    env = cube_env()
+    data = dict(qpos=env.unwrapped._data.qpos[None].copy())
+    ogbench.relabel_utils.relabel_dataset(CUBE, cube_env(), data)
+    _, reward, terminated, _, info = env.step(np.zeros(5))
+    assert reward == data["rewards"][0] == -1 and not terminated and info["success"] == False  # noqa: E712
+    cube = env.unwrapped._data.joint("object_joint_0").qpos
+    cube[:3] = env.unwrapped._data.mocap_pos[0]
+    env.unwrapped.post_step()  # what the step that brought it there would have done
+    _, reward, terminated, _, info = env.step(np.zeros(5))
+    assert reward == 0 and terminated and info["success"]
+
+
+@pytest.fixture(scope="module")
+def pendulum(tmp_path_factory) -> Path:
+    """A folder with a Minari data set of InvertedPendulum-v5, tests/pendulum-v0: 12 episodes of random actions."""
+    import gymnasium as gym
+    from minari.data_collector import EpisodeBuffer
+
+    folder = tmp_path_factory.mktemp("minari")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(folder))
+        env, buffers = gym.make("InvertedPendulum-v5"), []
+        env.action_space.seed(0)
+        for i in range(12):
+            obs, done = [env.reset(seed=i)[0]], False
+            steps = []
+            while not done:
+                action = env.action_space.sample()
+                next_obs, reward, terminated, truncated, _ = env.step(action)
+                obs.append(next_obs)
+                steps.append((action, reward, terminated, truncated))
+                done = terminated or truncated
+            action, reward, terminated, truncated = map(np.array, zip(*steps, strict=True))
+            flags = dict(terminations=terminated, truncations=truncated)
+            buffers.append(EpisodeBuffer(id=i, observations=np.array(obs), actions=action, rewards=reward, **flags))
+        minari.create_dataset_from_buffers("tests/pendulum-v0", buffers, env=env)
+    return folder
+
+
+def test_minari_rows_are_those_of_its_own_reader(pendulum):
+    args = script.Args(env_id="tests/pendulum-v0", dataset=str(pendulum))
+    env = script.make_env(args)
+    obs, action, reward, terminated, last, next_obs = columns(script.load_data(None, env, args), 4, 1)
+    episodes = list(script.minari_dataset(args).iterate_episodes())
+    for ours, theirs in ((reward, "rewards"), (terminated, "terminations")):
+        np.testing.assert_allclose(ours, np.concatenate([getattr(episode, theirs) for episode in episodes]))
+    np.testing.assert_allclose(obs, np.concatenate([episode.observations[:-1] for episode in episodes]), rtol=1e-6)
+    np.testing.assert_allclose(next_obs, np.concatenate([episode.observations[1:] for episode in episodes]), rtol=1e-6)
+    assert last.sum() == 12 and action.shape == terminated.shape
+
+
+# --- runs ---
+
+
+def the_run(folder: Path) -> Path:
+    """The only run in a folder."""
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def checkpoint(run: Path) -> dict:
+    """A run's checkpoint, without what says how long things took."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    return {name: value for name, value in state.items() if name not in ("seconds", "lengths")}
+
+
+def table(run: Path, name: str) -> list[list[str]]:
+    """A CSV file without its column of seconds."""
+    return [row[:-1] for row in csv.reader(open(run / name))]
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b or a != a and b != b, where
+
+
+@pytest.fixture
+def run(start, pendulum):
+    """`run(*flags)`: the script on the Minari data in a fresh folder."""
+
+    def run(*flags, check=True):
+        flags = flags if {"--resume", "--evaluate"} & set(flags) else [*PENDULUM, "--dataset", pendulum, *flags]
+        done = start(*flags, name=NAME)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+def test_both_phases_and_what_they_leave(run, tmp_path, pendulum):
+    done = run(*SHORT, "--offline-steps", 100, "--online-steps", 160, "--beta", 5, "--online-beta", 2)
+    folder = the_run(tmp_path)
+    assert {"args.json", "returns.csv", "eval.csv", "checkpoint.pt"} <= {path.name for path in folder.iterdir()}
+    evaluations = list(csv.DictReader(open(folder / "eval.csv")))
+    assert [(row["step"], row["phase"]) for row in evaluations] == [
+        ("40", "offline"), ("80", "offline"), ("100", "offline"), ("120", "online"), ("160", "online"),
+        ("200", "online"), ("240", "online"), ("260", "online"),
+    ]  # fmt: skip
+    assert all(row["success_rate"] == "nan" and float(row["return"]) >= 1 for row in evaluations)
+    assert "step 260, online: return" in done.stderr + done.stdout
+    events = EventAccumulator(str(folder)).Reload()
+    values = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert [value for _, value in values["charts/online"]] == [0, 1]
+    (_, offline), (_, online) = values["losses/flow_matching"]
+    assert offline > 0 == online and all(value > 0 for _, value in values["losses/bc"])
+    assert {"losses/qf_loss", "losses/alpha", "eval/return", "charts/SPS", "charts/episodic_return"} <= set(values)
+    episodes = list(csv.DictReader(open(folder / "returns.csv")))
+    lengths = np.array([int(row["length"]) for row in episodes])
+    assert len(episodes) >= 3 and [int(row["step"]) for row in episodes] == (100 + lengths.cumsum()).tolist()
+    state = checkpoint(folder)
+    args = script.Args("tests/pendulum-v0", dataset=str(pendulum))
+    data = script.load_data(None, script.make_env(args), args)
+    assert state["buffer_added"] == len(data) + 160 and state["updates"] == 100 + 150  # after --online-start
+    assert json.loads((folder / "args.json").read_text())["files"] == []
+    done = run("--evaluate", folder)
+    assert re.search(r"deterministic: return [\d.]+ .*\nstochastic: return", done.stdout)
+
+
+LEARNED_SIGMA = ["--learn-sigma", "--autotune", "--alpha", 0.1, "--utd", 2]
+
+
+@pytest.mark.parametrize("flags", [["--velocity", "plain"], LEARNED_SIGMA])
+def test_stopped_runs_resume_bit_for_bit(run, tmp_path, flags):
+    """Stopped in the offline phase, and in mid-chunk of an online episode, against a run that was never stopped."""
+    flags = [*SHORT, *flags, "--offline-steps", 60]
+    run(*flags, "--online-steps", 60)
+    whole = the_run(tmp_path).rename(tmp_path / "whole")
+
+    run(*flags, "--online-steps", 37)
+    folder = the_run(tmp_path)
+    state = checkpoint(folder)
+    assert state["step"] == 97 and state["episode_length"] and len(state["queue"])
+    run("--resume", folder, "--online-steps", 60)
+    final = {**checkpoint(whole), "args": checkpoint(folder)["args"]}
+    assert_same(checkpoint(folder), final)
+    assert table(folder, "returns.csv") == table(whole, "returns.csv")
+    rows = [row for row in table(folder, "eval.csv") if row[0] != "97"]  # the shorter run's own last evaluation
+    assert rows == table(whole, "eval.csv")
+
+
+def test_killed_in_either_phase(run, tmp_path, pendulum):
+    """SIGTERM offline and SIGKILL online; what the last checkpoint promised is kept."""
+    flags = [*PENDULUM, "--dataset", pendulum, *SHORT, "--offline-steps", 300, "--online-steps", 200]
+    run(*flags[4:], "--save-every", 50)
+    whole = the_run(tmp_path).rename(tmp_path / "whole")
+
+    def start(*flags):
+        arguments = command(NAME, *flags)
+        return subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = start(*flags, "--save-every", 50)
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        time.sleep(0.05)
+        assert process.poll() is None
+    folder = the_run(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode == 143 and "--resume" in out and checkpoint(folder)["step"] < 500, err
+    process = start("--resume", folder)
+    while checkpoint(folder)["step"] < 310:
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert checkpoint(folder)["step"] < 500
+    run("--resume", folder)
+    assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
+    assert table(folder, "returns.csv") == table(whole, "returns.csv")
+
+
+def test_evaluation_leaves_training_as_it_was(run, tmp_path):
+    flags = [*SMALL, "--online-start", 10, "--offline-steps", 40, "--online-steps", 40, "--eval-episodes", 1]
+    run(*flags, "--eval-every", 10)
+    often = checkpoint(the_run(tmp_path).rename(tmp_path / "often"))
+    run(*flags, "--eval-every", 1000)
+    assert_same(checkpoint(the_run(tmp_path)), often | {"args": checkpoint(the_run(tmp_path))["args"]})
+
+
+def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
+    """60 rows for ten steps, 80 for ten, 60 again; resumed from the second file, it goes on the same."""
+    (tmp_path / "shards").mkdir()
+    for i, rows in enumerate((31, 41)):
+        write_ogbench(tmp_path / "shards" / f"cube-{i}.npz", 2, rows)
+    write_ogbench(tmp_path / "shards" / "cube-0-val.npz")
+    flags = ["--env-id", CUBE, "--dataset", "shards", "--rotate-every", 10, "--eval-episodes", 1, *SMALL]
+    flags += ["--offline-steps", 25, "--online-steps", 0, "--save-every", 15]
+    saved, save_checkpoint = {}, script.save_checkpoint
+
+    def save(folder, state):
+        save_checkpoint(folder, state)
+        saved[state["step"]] = len(state["buffer"])
+        shutil.copytree(folder, tmp_path / f"at-{state['step']}", dirs_exist_ok=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "save_checkpoint", save)
+    monkeypatch.setattr("sys.argv", ["x", *map(str, flags)])
+    script.main()
+    assert saved == {15: 80, 25: 60}
+    whole = checkpoint(tmp_path / "at-25")
+    monkeypatch.setattr("sys.argv", ["x", "--resume", str(tmp_path / "at-15")])
+    script.main()
+    assert_same(checkpoint(tmp_path / "at-15"), whole | {"args": checkpoint(tmp_path / "at-15")["args"]})
+
+
+@needs_robosuite
+def test_robosuite_is_seeded_and_ends_at_success():
+    env = script.RobosuiteEnv("lift")
+
+    def trace(seed):
+        start = env.reset(seed=seed)[0]
+        return np.stack([start, *(env.step(np.full(7, 0.3))[0] for _ in range(5))])
+
+    first, other, again = trace(3), trace(4), trace(3)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first[0], other[0])
+    state = env.np_random.bit_generator.state
+    unseeded = env.reset()[0]
+    env.np_random.bit_generator.state = state
+    np.testing.assert_array_equal(env.reset()[0], unseeded)  # how a run goes on in mid-episode
+    obs, reward, terminated, truncated, info = env.step(np.zeros(7))
+    assert obs.shape == (19,) and (reward, terminated, truncated, info["success"]) == (-1, False, False, False)
+    env.env._check_success = lambda: True
+    _, reward, terminated, _, info = env.step(np.zeros(7))
+    assert (reward, terminated, info["success"]) == (0, True, True)
+
+
+@needs_robosuite
+def test_the_collector_plays_in_the_same_environment():
+    import collect
+
+    theirs = collect.robosuite_kwargs()
+    assert {key: theirs[key] for key in script.ROBOSUITE_KWARGS} == script.ROBOSUITE_KWARGS
+    for task in ("can", "square"):
+        env, other = script.RobosuiteEnv(task), collect.make_robosuite(task)
+        obs = collect.robomimic_obs(collect.reset_robosuite(other, 5))
+        np.testing.assert_array_equal(env.reset(seed=5)[0], np.concatenate([obs[key] for key in script.OBS_KEYS]))
+
+
+@needs_robosuite
+def test_lift(start, tmp_path):
+    """The real task for 310 steps, from data of the right shape; and again, stopped and resumed."""
+    write_robomimic(tmp_path / "data.hdf5", [20] * 5)
+    flags = ["--dataset", tmp_path / "data.hdf5", *SMALL, "--offline-steps", 50, "--online-start", 100]
+    flags += ["--eval-episodes", 1, "--eval-every", 1000]
+    done = start(*flags, "--online-steps", 310, name=NAME)
+    assert done.returncode == 0, done.stderr
+    whole = the_run(tmp_path).rename(tmp_path / "whole")
+    assert checkpoint(whole)["buffer_added"] == 100 + 310
+    assert table(whole, "returns.csv")[1][1:4] == ["-300.0", "300", "0.0"]
+    assert table(whole, "eval.csv")[1][:3] == ["50", "offline", "0"]
+    start(*flags, "--online-steps", 133, name=NAME)  # in mid-chunk of the first episode
+    run = the_run(tmp_path)
+    done = start("--resume", run, "--online-steps", 310, name=NAME)
+    assert "note" not in done.stderr and done.returncode == 0, done.stderr
+    assert_same(checkpoint(run), checkpoint(whole) | {"args": checkpoint(run)["args"]})
+
+
+def test_cube_single_on_collected_data(start, tmp_path):
+    """A short run on the oracle's play data: the loss of flow matching falls clearly; then the real task online."""
+    flags = ["--env-id", CUBE, *SMALL, "--velocity-dim", 64, "--batch-size", 64, "--eval-episodes", 1, "--collect", 1]
+    done = start(*flags, "--offline-steps", 500, "--online-steps", 250, "--online-start", 200, name=NAME)
+    assert done.returncode == 0, done.stderr
+    assert "collecting 1 scripted episodes" in done.stderr
+    assert (tmp_path / "data" / "cube-single-play-v0-1.npz").is_file()
+    events = EventAccumulator(str(the_run(tmp_path))).Reload()
+    losses = [event.value for event in events.Scalars("losses/flow_matching")][:5]
+    assert losses[-1] < 0.75 * losses[0], losses
+
+
+def test_compiled_is_eager(run, tmp_path):
+    """On the same batches, up to rounding."""
+    flags = [*SHORT, "--flow-steps", 2, "--offline-steps", 8, "--online-steps", 12, "--online-start", 6]
+    run(*flags)
+    eager = checkpoint(the_run(tmp_path).rename(tmp_path / "eager"))
+    run(*flags, "--compile")
+    compiled = checkpoint(the_run(tmp_path))
+    for name, value in eager["actor"].items():
+        torch.testing.assert_close(compiled["actor"][name], value, rtol=1e-3, atol=1e-4)
+
+
+# --- bad input ---
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """`refused(function, texts)`: it stops with exit code 2 and one line that holds every text."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(function, *texts):
+        with pytest.raises(SystemExit) as error:
+            function()
+        lines = capsys.readouterr().err.splitlines()
+        assert error.value.code == 2 and len(lines) == 1, lines
+        for text in texts:
+            assert text in lines[0], lines
+
+    return refused
+
+
+@needs_robosuite
+@pytest.mark.parametrize(
+    "changes, texts",
+    [
+        (dict(sizes=(3, 4, 2, 14)), ["(23,)", "(19,)"]),
+        (dict(actions=np.full((6, 7), 1.5), lengths=(6, 6)), ["actions leave the bounds", "0.5"]),
+        (dict(lengths=(3, 4)), ["--chunk 5", "at most 4"]),
+        (dict(lengths=()), ["no complete episode"]),
+        (dict(drop=("rewards",)), ["rewards"]),
+        (dict(env_name="PickPlaceCan"), ["PickPlaceCan", "--env-id lift"]),
+        (dict(rewards=np.array([0, 0, 0, np.nan, 1, 1]), lengths=(6, 6)), ["reward", "NaN"]),
+        (dict(rewards=np.zeros(5), lengths=(6, 6)), ["differ in length"]),
+    ],
+)
+def test_data_that_does_not_fit(refused, tmp_path, changes, texts):
+    path = tmp_path / "data.hdf5"
+    write_robomimic(path, **changes)
+    refused(lambda: script.load_data(path, Spaces(19, 7), script.Args()), *texts)
+
+
+def test_damaged_files(refused, tmp_path):
+    write_robomimic(tmp_path / "a.hdf5")
+    write_ogbench(tmp_path / "b.npz")
+    np.savez(tmp_path / "c.npz", observations=np.zeros((5, 28)))
+    with np.load(tmp_path / "b.npz") as whole:
+        for name, terminals in (("d", np.zeros(82)), ("e", np.arange(82) == 40)):  # no end; none of the last episode
+            np.savez(tmp_path / f"{name}.npz", **{**whole, "terminals": terminals})
+    cases = [("a.hdf5", "lift", Spaces(19, 7))] if robosuite_installed else []
+    for name, env_id, env in [*cases, *((f"{name}.npz", CUBE, cube_env()) for name in "bcde")]:
+        path, args = tmp_path / name, script.Args(env_id=env_id, sparse=False)
+        whole = path.read_bytes()
+        for damaged in [whole[: len(whole) // 2], b""] if name in ("a.hdf5", "b.npz") else [whole]:
+            path.write_bytes(damaged)
+            refused(lambda path=path, env=env, args=args: script.load_data(path, env, args), str(path))
+
+
+def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
+    def refuse(flags, *texts):
+        monkeypatch.setattr("sys.argv", ["x", *map(str, flags)])
+        refused(script.main, *texts)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = [*PENDULUM, "--dataset", pendulum, "--no-cuda"]
+    refuse(["--env-id", CUBE, "--dataset", tmp_path / "nowhere.npz"], "--dataset", "nowhere.npz")
+    refuse(["--env-id", CUBE, "--dataset", tmp_path], "no .npz file")
+    refuse(["--env-id", CUBE, "--collect", 0], ".ogbench", "--collect 100")
+    refuse(["--env-id", "tests/missing-v0", "--dataset", pendulum], "tests/missing-v0", "collect.py", "--policy")
+    refuse([*data, "--chunk", 10_000], "--chunk 10000", "at most")
+    refuse([*data, "--buffer-size", 30, "--batch-size", 8], "--buffer-size 30")
+    refuse([*data, "--autotune"], "--autotune", "--learn-sigma")
+    refuse([*data, "--beta", -1], "--beta", "0 or more")
+    refuse([*data, "--decoder-heads", 3], "--decoder-heads 3")
+    refuse([*data, "--sigma", 0], "--sigma", "above 0")
+    refuse([*data, "--online-start", 500, "--online-steps", 400], "--online-start 500", "no update")
+    refuse([*data, "--collect", 5], "--collect", "--dataset")
+    refuse(["--env-id", CUBE.replace("task1", "task9"), "--collect", 5], "task9")
+    refuse([*data, "--capture-video"], "--capture-video", "--evaluate")
+    refuse(["--evaluate", tmp_path / "nothing"], "no checkpoint", "nothing")
+    assert not (tmp_path / "runs").exists()
+    run(*SHORT, "--offline-steps", 5, "--online-steps", 0)
+    folder = the_run(tmp_path)
+    refuse(["--resume", folder], "reached step 5", "--online-steps")
+    refuse(["--resume", folder, "--online-steps", 9, "--chunk", 3], "--chunk 3", "drop the")
+
+
+def test_missing_package_names_the_remedy(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ogbench", None)
+    refused(lambda: script.benchmark_of(CUBE), "ogbench", "pip install -r requirements.txt -r benchmark/requirements-")
+
+
+def test_defaults_by_task(monkeypatch):
+    expected = {"lift": (10_000, 1_000, False), "cube-double-play-singletask-task2-v0": (300, 300, False)}
+    expected |= {"cube-triple-play-singletask-v0": (100, 100, False), "scene-play-singletask-v0": (100, 100, True)}
+    for env_id, defaults in expected.items():
+        monkeypatch.setattr("sys.argv", ["x", "--env-id", env_id, "--no-cuda"])
+        args, _ = script.parse_args()
+        assert (args.beta, args.online_beta, args.sparse) == defaults
