@@ -210,13 +210,44 @@ def panel(axis, curves: dict, fixed: tuple, title: str) -> None:
         if not curve:
             continue
         x = sorted(curve)
-        mean = [math.exp(sum(map(math.log, curve[i])) / len(curve[i])) for i in x]
+        mean = [math.exp(sum(math.log(max(v, 1e-12)) for v in curve[i]) / len(curve[i])) for i in x]
         low, high = (
             [max(0.0, s * (m - f(curve[i]))) for i, m in zip(x, mean, strict=True)] for f, s in ((min, 1), (max, -1))
         )
         axis.errorbar(x, mean, yerr=[low, high], label=NAMES[name], color=COLORS[name], capsize=2, marker="o", ms=3)
     axis.axhline(1, color="black", lw=0.5)
     axis.set(yscale="log", title=title, xlabel="step i of the rollout")
+
+
+def grid(plt, rows: list[dict], path: Path) -> None:
+    """A column for each environment and K. Training: growth over the rollout against the training step, and at the last
+    norms against the rollout's step. Checkpoints: the latter with and without drift correction."""
+    columns = sorted({(row["env_id"], row["K"]) for row in rows})
+    figure, axes = plt.subplots(2, len(columns), figsize=(3 * len(columns), 6), sharey="row", squeeze=False)
+    for column, (env_id, k) in zip(axes.T, columns, strict=True):
+        chosen = [row for row in rows if (row["env_id"], row["K"]) == (env_id, k)]
+        column[0].set_title(f"{env_id}, K = {k}")
+        if "drift_correction" in rows[0]:
+            for axis, drift in zip(column, (True, False), strict=True):
+                curves = growth_by_step([r for r in chosen if r["drift_correction"] == drift], ["script"], "grad_norm")
+                panel(axis, curves, (), f"{env_id}, K = {k}" + ("" if drift else "\nno drift correction"))
+            continue
+        final = {(r["script"], r["seed"]): r["step"] for r in chosen}
+        last = [r for r in chosen if r["step"] == final[r["script"], r["seed"]]]
+        panel(column[1], growth_by_step(last, ["script"], "grad_norm"), (), "at the last norms")
+        for name, seed in sorted(final):
+            norms = {(r["step"], r["i"]): r["grad_norm"] for r in chosen if (r["script"], r["seed"]) == (name, seed)}
+            steps = sorted({step for step, _ in norms})
+            growth = [norms[step, 0] / norms[step, k] for step in steps]
+            label = NAMES[name] if seed == min(s for n, s in final if n == name) else None
+            column[0].plot(steps, growth, color=COLORS[name], marker="o", ms=2, lw=1, label=label)
+        column[0].axhline(1, color="black", lw=0.5)
+        column[0].set(yscale="log", xlabel="training step")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("|dL/dA_i| / |dL/dA_K|" if axis is axes[1, 0] or "drift_correction" in rows[0] else "i = 0")
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -242,25 +273,9 @@ def main() -> None:
     figure.axes[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(args.out / "init.png", dpi=120)
-    for name in ("training", "checkpoints"):
-        if name not in tables:
-            continue
-        rows = tables[name]
-        if name == "training":  # the last norms of every run
-            final = {(r["script"], r["env_id"], r["K"], r["seed"]): r["step"] for r in rows}
-            rows = [r for r in rows if r["step"] == final[r["script"], r["env_id"], r["K"], r["seed"]]]
-        keys = ["script", "env_id", "K", *(["drift_correction"] if name == "checkpoints" else [])]
-        curves = growth_by_step(rows, keys, "grad_norm")
-        panels = sorted({key[1:] for key in curves})
-        figure = plt.figure(figsize=(4 * len(panels), 3.4))
-        for index, fixed in enumerate(panels):
-            axis = figure.add_subplot(1, len(panels), index + 1, sharey=figure.axes[0] if index else None)
-            without = ", no drift correction" if fixed[2:] == (False,) else ""
-            panel(axis, curves, fixed, f"{fixed[0]}, K = {fixed[1]}{without}")
-        figure.axes[0].set_ylabel("|dL/dA_i| / |dL/dA_K|")
-        figure.axes[0].legend(frameon=False)
-        figure.tight_layout()
-        figure.savefig(args.out / f"{name}.png", dpi=120)
+    if args.runs:
+        grid(plt, tables["training"], args.out / "training.png")
+        grid(plt, tables["checkpoints"], args.out / "checkpoints.png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 G, T, NAIVE = ROOT / "sac_flow_g.py", ROOT / "sac_flow_t.py", ROOT / "benchmark" / "sac_flow_naive.py"
-GAUSSIAN = ROOT / "benchmark" / "sac_gaussian.py"
+GAUSSIAN, OFFLINE = ROOT / "benchmark" / "sac_gaussian.py", ROOT / "sac_flow_offline2online.py"
 
 
 @pytest.mark.parametrize("other", [T, NAIVE], ids=lambda path: path.stem)
@@ -60,15 +60,17 @@ def split(text: str) -> list[tuple[str, str]]:
 
 
 def test_script_metadata_equals_requirements():
-    requirements = (ROOT / "requirements.txt").read_text().split("\n")[:-1]
-    for path in (G, T, NAIVE, GAUSSIAN):
+    core = (ROOT / "requirements.txt").read_text().split("\n")[:-1]
+    tasks = (ROOT / "benchmark" / "requirements-offline2online.txt").read_text().split("\n")[:-1]
+    for path in (G, T, NAIVE, GAUSSIAN, OFFLINE):
+        requirements = [*core, *(line for line in tasks if line not in core)] if path == OFFLINE else core
         block = re.search(r"^# /// script\n(.*?)^# ///\n", path.read_text(), re.M | re.S)[1]
         assert re.findall(r'^#     "(.*)",$', block, re.M) == requirements
         assert '# requires-python = ">=3.10"\n' in block
 
 
 def test_every_flag_is_documented():
-    for path in (G, T, NAIVE, GAUSSIAN):
+    for path in (G, T, NAIVE, GAUSSIAN, OFFLINE):
         body = path.read_text().split("class Args:")[1].split("\n\n\n")[0]
         fields = re.findall(r"^    (\w+): .*\n(.*)", body, re.M)
         assert len(fields) > 25 and all(line.startswith('    """') for _, line in fields)
@@ -87,9 +89,10 @@ def test_readme_example_works_when_pasted(monkeypatch):
 def test_readme_flags_exist():
     """Every --flag that the README names is one of the scripts'."""
     import sac_flow_g
+    import sac_flow_offline2online
     import sac_flow_t
 
-    fields = set(vars(sac_flow_g.Args())) | set(vars(sac_flow_t.Args()))
+    fields = set().union(*(vars(script.Args()) for script in (sac_flow_g, sac_flow_t, sac_flow_offline2online)))
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", (ROOT / "README.md").read_text()))
     known = {flag for field in fields for flag in (field.replace("_", "-"), "no-" + field.replace("_", "-"))}
     assert named - known <= {"logdir", "help", "runs"}, named - known

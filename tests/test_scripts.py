@@ -68,7 +68,7 @@ def test_300_steps(run, tmp_path, env_id, crossq):
 def test_compiled_with_target_networks(run, tmp_path):
     """With tau = 1 the target networks are the critics; a fixed alpha stays where it is."""
     flags = ["--no-crossq", "--tau", 1, "--no-autotune", "--alpha", 0.25, "--compile", "--env-id", "Humanoid-v4"]
-    done = run(*SMALL, *flags, "--total-timesteps", 230, "--random-steps", 200)
+    done = run(*SMALL, *flags, "--flow-steps", 2, "--total-timesteps", 230, "--random-steps", 200)
     assert done.returncode == 0 and "going on without it" not in done.stderr, done.stderr
     state = checkpoint(the_run(tmp_path))
     assert_same(state["targets"], state["critics"])
@@ -188,7 +188,7 @@ def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
     assert returns(folder) == returns(whole)
 
 
-@pytest.mark.parametrize("kind", [["--crossq", "--compile"], ["--crossq"], ["--no-crossq"]])
+@pytest.mark.parametrize("kind", [["--compile", "--flow-steps", "2"], ["--crossq"], ["--no-crossq"]])
 def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     """The end of a run falls into an episode, which is replayed."""
     flags = ["--env-id", "Hopper-v4", "--random-steps", 300, *SMALL, *kind]
