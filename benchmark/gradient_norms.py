@@ -47,6 +47,10 @@ class Args:
     """observation size at initialisation: Ant-v4's"""
     action_dim: int = 8
     """action size at initialisation: Ant-v4's"""
+    obs_std: float = 1.0
+    """standard deviation of the observations at initialisation: 1 if they are normalised, up to 7 in Walker2d-v4"""
+    drift_correction: bool = True
+    """the rollouts at initialisation have the score term"""
     runs: list[Path] = field(default_factory=list)
     """folders of runs of sac_flow_naive.py, sac_flow_g.py or sac_flow_t.py"""
 
@@ -111,12 +115,13 @@ def at_initialisation(args: Args):
                 for seed in range(args.seeds):
                     torch.manual_seed(seed)
                     bounds = [-1.0] * args.action_dim, [1.0] * args.action_dim
-                    actor = script.Actor(args.obs_dim, *bounds, flow_steps=k)
+                    actor = script.Actor(args.obs_dim, *bounds, flow_steps=k, drift_correction=args.drift_correction)
                     with torch.no_grad():
                         for weight in actor.velocity_net.parameters():
                             weight.mul_(scale if weight.ndim == 2 else 1)
                     u = torch.nn.functional.normalize(torch.randn(args.action_dim), dim=0)
-                    for row in measure(actor, torch.randn(64, args.obs_dim), lambda a, p, path, u=u: path[-1] @ u):
+                    obs = args.obs_std * torch.randn(64, args.obs_dim)
+                    for row in measure(actor, obs, lambda a, p, path, u=u: path[-1] @ u):
                         yield dict(script=name, K=k, weight_scale=scale, seed=seed, **row)
 
 
@@ -145,7 +150,8 @@ def load(run: Path):
     known = described(run)
     if not (run / "checkpoint.pt").is_file():
         fail(f"{run}: no checkpoint.pt in it; name the folder of a run that has saved one")
-    state, script = torch.load(run / "checkpoint.pt", weights_only=True), importlib.import_module(known["script"])
+    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    script = importlib.import_module(known["script"])
     args = state["args"]
     obs_dim = state["actor"]["velocity_net.from_obs.weight"].shape[1]
     scale, bias = state["actor"]["scale"], state["actor"]["bias"]
