@@ -44,6 +44,35 @@ def command(name: str, *flags: str) -> list[str]:
     return [sys.executable, str(path), *map(str, flags)]
 
 
+def the_run(folder: Path) -> Path:
+    """The only run in a folder."""
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def checkpoint(run: Path) -> dict:
+    """A run's checkpoint, without what says how long things took."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    return {name: value for name, value in state.items() if name not in ("seconds", "csv_length", "lengths")}
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Equality to the last bit of nested checkpoints."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
 @pytest.fixture
 def start(tmp_path):
     """Runs a script in a fresh folder: `start(*flags, name=...)` returns the finished process."""

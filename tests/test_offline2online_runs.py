@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command
+from conftest import assert_same, checkpoint, command, the_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sac_flow_offline2online as script
@@ -23,7 +23,7 @@ h5py, minari, ogbench = (pytest.importorskip(name) for name in ("h5py", "minari"
 
 NAME = "sac_flow_offline2online"
 PENDULUM = ["--env-id", "tests/pendulum-v0"]
-SMALL = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --decoder-dim 8 --batch-size 16 --no-compile --no-cuda".split()
+SMALL = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --sigma-dim 16 --batch-size 16 --no-compile --no-cuda".split()
 SHORT = [*SMALL, "--eval-episodes", 2, "--eval-every", 40, "--online-start", 10]
 robosuite_installed = importlib.util.find_spec("robosuite") is not None
 needs_robosuite = pytest.mark.skipif(not robosuite_installed, reason="needs robosuite")
@@ -182,37 +182,9 @@ def test_minari_rows_are_those_of_its_own_reader(pendulum):
 # --- runs ---
 
 
-def the_run(folder: Path) -> Path:
-    """The only run in a folder."""
-    (run,) = (folder / "runs").iterdir()
-    return run
-
-
-def checkpoint(run: Path) -> dict:
-    """A run's checkpoint, without what says how long things took."""
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    return {name: value for name, value in state.items() if name not in ("seconds", "lengths")}
-
-
 def table(run: Path, name: str) -> list[list[str]]:
     """A CSV file without its column of seconds."""
     return [row[:-1] for row in csv.reader(open(run / name))]
-
-
-def assert_same(a, b, where="checkpoint"):
-    """Equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b or a != a and b != b, where
 
 
 @pytest.fixture
@@ -257,10 +229,10 @@ def test_both_phases_and_what_they_leave(run, tmp_path, pendulum):
     assert re.search(r"deterministic: return [\d.]+ .*\nstochastic: return", done.stdout)
 
 
-LEARNED_SIGMA = ["--learn-sigma", "--autotune", "--alpha", 0.1, "--utd", 2]
+FIXED_SIGMA = ["--no-learn-sigma", "--no-autotune", "--alpha", 0, "--utd", 2]
 
 
-@pytest.mark.parametrize("flags", [["--velocity", "plain"], LEARNED_SIGMA])
+@pytest.mark.parametrize("flags", [["--velocity", "plain"], FIXED_SIGMA])
 def test_stopped_runs_resume_bit_for_bit(run, tmp_path, flags):
     """Stopped in the offline phase, and in mid-chunk of an online episode, against a run that was never stopped."""
     flags = [*SHORT, *flags, "--offline-steps", 60]
@@ -487,7 +459,8 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse(["--env-id", "tests/missing-v0", "--dataset", pendulum], "tests/missing-v0", "collect.py", "--policy")
     refuse([*data, "--chunk", 10_000], "--chunk 10000", "at most")
     refuse([*data, "--buffer-size", 30, "--batch-size", 8], "--buffer-size 30")
-    refuse([*data, "--autotune"], "--autotune", "--learn-sigma")
+    refuse([*data, "--no-learn-sigma"], "--autotune", "--learn-sigma")
+    refuse([*data, "--alpha", 0], "--autotune", "--alpha")
     refuse([*data, "--beta", -1], "--beta", "0 or more")
     refuse([*data, "--decoder-heads", 3], "--decoder-heads 3")
     refuse([*data, "--sigma", 0], "--sigma", "above 0")

@@ -12,46 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, command
+from conftest import SMALL, assert_same, checkpoint, command, the_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PENDULUM = ["--env-id", "InvertedPendulum-v4", "--random-steps", "100", *SMALL]
 
 
-def the_run(folder: Path) -> Path:
-    """The only run in a folder."""
-    (run,) = (folder / "runs").iterdir()
-    return run
-
-
-def checkpoint(run: Path) -> dict:
-    """A run's checkpoint, without what says how long things took."""
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    for name in ("seconds", "csv_length"):
-        del state[name]
-    return state
-
-
 def returns(run: Path) -> list[list[str]]:
     """returns.csv without its column of seconds."""
     return [row[:3] for row in csv.reader(open(run / "returns.csv"))]
-
-
-def assert_same(a, b, where="checkpoint"):
-    """Equality to the last bit of nested checkpoints."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 @pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
