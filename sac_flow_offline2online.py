@@ -153,8 +153,8 @@ class Args:
     """offline weight of |a_theta - a_data|^2; default: the paper's for the task, 100 where it has none"""
     online_beta: Optional[float] = None
     """the same online"""
-    # Measured on lift, Flow-G, 2 500 updates offline and 5 000 steps online, seeds 1 to 3, 50 episodes each, success after
-    # the first and after both: learned sigma and alpha 0.82 and 0.79, sigma 0.1 and no entropy 0.55 and 0.68.
+    # Measured on lift, Flow-G, 2 500 updates offline and 5 000 steps online, seeds 1 to 3, 50 episodes each, success
+    # after the first and after both: learned sigma and alpha 0.82 and 0.79, sigma 0.1 and no entropy 0.55 and 0.68.
     alpha: float = 0.1
     """entropy coefficient: its start, or its value with --no-autotune"""
     autotune: bool = True
@@ -658,7 +658,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     if args.learn_sigma:
         check(math.exp(-5) < args.sigma < math.exp(2), "sigma", "in (0.0068, 7.38), the range of a learned one")
     if args.autotune and not (args.learn_sigma and args.alpha > 0):
-        fail("--autotune takes --learn-sigma, without which no target can be met, and an --alpha above 0: --no-autotune?")
+        fail("--autotune needs --learn-sigma, for no fixed sigma meets a target, and --alpha above 0: add --no-autotune")
     if args.decoder_dim % args.decoder_heads:
         fail(f"--decoder-heads {args.decoder_heads} must divide --decoder-dim {args.decoder_dim}")
     if args.cuda and not torch.cuda.is_available():
