@@ -658,7 +658,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     if args.learn_sigma:
         check(math.exp(-5) < args.sigma < math.exp(2), "sigma", "in (0.0068, 7.38), the range of a learned one")
     if args.autotune and not (args.learn_sigma and args.alpha > 0):
-        fail("--autotune needs --learn-sigma, for no fixed sigma meets a target, and --alpha above 0: add --no-autotune")
+        fail("--autotune needs --learn-sigma, as no fixed sigma meets a target, and --alpha above 0: add --no-autotune")
     if args.decoder_dim % args.decoder_heads:
         fail(f"--decoder-heads {args.decoder_heads} must divide --decoder-dim {args.decoder_dim}")
     if args.cuda and not torch.cuda.is_available():
