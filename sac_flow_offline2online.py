@@ -77,7 +77,8 @@ ROBOSUITE_KWARGS = dict(
 COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dim observation
 # The paper's weights of the BC term, offline and online, and cube-double's for cube-single; 100 for all others.
-BETA = dict.fromkeys(("lift", "can", "square"), (10_000, 1_000)) | dict.fromkeys(("cube-single", "cube-double"), (300, 300))
+BETA = {"lift": (10_000, 1_000), "can": (10_000, 1_000), "square": (10_000, 1_000)}
+BETA |= {"cube-single": (300, 300), "cube-double": (300, 300)}
 
 
 @dataclass
