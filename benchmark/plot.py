@@ -40,7 +40,9 @@ def evaluations(folder: Path, paths: list[Path]) -> None:
     steps = [int(row["step"]) for row in next(iter(runs.values()))[0]]
     offline = max(int(row["step"]) for row in next(iter(runs.values()))[0] if row["phase"] == "offline")
     print("| velocity |" + "".join(f" {step} |" for step in steps) + "\n|" + "---|" * (len(steps) + 1))
-    for color, (name, seeds) in zip(("tab:red", "tab:blue", "tab:gray", "tab:green"), runs.items(), strict=False):
+    colors = {"gated": "#c44e52", "decoded": "#4c72b0", "plain": "#888888"}
+    for name, seeds in runs.items():
+        color = colors.get(name)
         rates, returns = (
             np.array([[float(row[column]) for row in rows[: len(steps)]] for rows in seeds])
             for column in ("success_rate", "return")
