@@ -369,6 +369,17 @@ def test_lift(start, tmp_path):
     assert_same(checkpoint(run), checkpoint(whole) | {"args": checkpoint(run)["args"]})
 
 
+@needs_robosuite
+@pytest.mark.parametrize("task", ["can", "square"])
+def test_can_and_square(task):
+    """A policy plays the real task for 200 steps, chunk by chunk."""
+    env = script.RobosuiteEnv(task)
+    env.horizon = 200
+    actor = script.Actor(23, env.action_space.low, env.action_space.high, sigma_dim=16)
+    scores = script.evaluate(actor, env, 1, seed=0)
+    assert (scores["success_rate"], scores["return"], scores["length"]) == (0, -200, 200)
+
+
 def test_cube_single_on_collected_data(start, tmp_path):
     """A short run on the oracle's play data: the loss of flow matching falls clearly; then the real task online."""
     flags = ["--env-id", CUBE, *SMALL, "--velocity-dim", 64, "--batch-size", 64, "--eval-episodes", 1, "--collect", 1]
