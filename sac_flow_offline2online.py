@@ -2,7 +2,7 @@
 
 The policy makes a chunk of h actions by K Euler steps of a velocity network. Offline it is fitted to the data by flow
 matching, while critics learn from the same data; online the chunks are executed, and the critics' gradient runs back
-through the policy's own sampling loop, which a gate (Flow-G) or a decoder (Flow-T) as velocity keeps from exploding.
+through the policy's own sampling loop; a gate (Flow-G) or a decoder (Flow-T) as velocity is to tame it.
 Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
 
     pip install -r requirements.txt -r benchmark/requirements-offline2online.txt
@@ -304,7 +304,7 @@ class TimeEmbedding(nn.Module):
 class PlainVelocity(nn.Module):
     """The control: v is an MLP of t, a and s, and nothing bounds its Jacobian."""
 
-    def __init__(self, obs_dim: int, action_dim: int, dim: int = 256, layers: int = 3):
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 128, layers: int = 3):
         super().__init__()
         self.from_obs = nn.Linear(obs_dim, dim)
         self.from_action = nn.Linear(action_dim, dim, bias=False)
@@ -327,7 +327,7 @@ class GatedVelocity(nn.Module):
     one hidden layer, starts at sigmoid(5) = 0.993 everywhere: the rollout starts contractive.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, dim: int = 256, layers: int = 3, gate_dim: int = 128):
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 128, layers: int = 3, gate_dim: int = 64):
         super().__init__()
         # The first layers of candidate and gate side by side, and split by input: the observation's part is the
         # same at all K steps, so `encode` computes it once per rollout.
@@ -425,7 +425,7 @@ class Actor(nn.Module):
 
     def __init__(
         self, obs_dim: int, action_low, action_high, *, chunk: int = 5, velocity=GatedVelocity, flow_steps: int = 4,
-        drift_correction: bool = True, sigma: float = 0.1, learn_sigma: bool = False, sigma_dim: int = 256,
+        drift_correction: bool = True, sigma: float = 0.1, learn_sigma: bool = False, sigma_dim: int = 128,
     ):  # fmt: skip
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32).repeat(chunk) for bound in (action_low, action_high))

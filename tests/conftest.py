@@ -12,6 +12,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "tests")]
@@ -92,3 +93,21 @@ def start(tmp_path):
 def run(name, start):
     """Runs each script in turn in a fresh folder: `run(*flags)` returns the finished process."""
     return partial(start, name=name)
+
+
+class FixedPolicy(nn.Module):
+    """Stands for an actor: action and log_prob are functions of the observation that are known."""
+
+    def rollout(self, obs, noise, probe=None):
+        return obs[:, :1], 10 * obs[:, 0], None
+
+
+class Table(nn.Module):
+    """Stands for a critic: Q(s, a) = scale * (s + a)."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, obs, action):
+        return self.scale * (obs[:, 0] + action[:, 0])

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, FixedPolicy, Table
 from torch import nn
 from torch.autograd.functional import jacobian
 
@@ -178,30 +178,12 @@ def test_cloning_reproduces_actions_near_the_bounds(velocity):
 # --- losses ---
 
 
-class Fixed(nn.Module):
-    """Stands for an actor: action and log_prob are functions of the observation."""
-
-    def rollout(self, obs, noise, probe=None):
-        return obs[:, :1], 10 * obs[:, 0], None
-
-
-class Table(nn.Module):
-    """Stands for a critic: Q(s, a) = scale * (s + a)."""
-
-    def __init__(self, scale):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, obs, action):
-        return self.scale * (obs[:, 0] + action[:, 0])
-
-
 def test_critic_loss_uses_the_mean_of_the_targets_on_valid_chunks_alone():
     critics, targets = nn.ModuleList([Table(1.0), Table(2.0)]), nn.ModuleList([Table(3.0), Table(5.0)])
     obs, action, ones = torch.ones(3, 1), torch.zeros(3, 1), torch.ones(3, 1)
     reward, terminated, valid = torch.full((3,), 5.0), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
     batch = [obs, action, ones, reward, terminated, valid, 2 * obs]
-    loss, q = script.critic_loss(Fixed(), critics, targets, batch, None, 0.1, 0.9**5)
+    loss, q = script.critic_loss(FixedPolicy(), critics, targets, batch, None, 0.1, 0.9**5)
     y = torch.tensor([5 + 0.9**5 * (4.0 * 4 - 0.1 * 20), 5.0])  # Q' = 4 (2 + 2), the mean of 3 and 5
     expected = sum(((scale - y) ** 2).sum() / 3 / 2 for scale in (1.0, 2.0))
     torch.testing.assert_close(loss, expected)
@@ -213,7 +195,7 @@ def test_critic_loss_uses_the_mean_of_the_targets_on_valid_chunks_alone():
 def test_actor_loss_weighs_bc_where_the_data_is_its_own():
     critics, obs = nn.ModuleList([Table(1.0), Table(3.0)]), torch.tensor([[1.0], [2.0]])
     batch = [obs, torch.tensor([[0.0], [5.0]]), torch.tensor([[1.0], [0.0]])]
-    loss, bc, log_prob = script.actor_loss(Fixed(), critics, batch, None, 0.1, torch.tensor(7.0))
+    loss, bc, log_prob = script.actor_loss(FixedPolicy(), critics, batch, None, 0.1, torch.tensor(7.0))
     q = 2 * (obs + obs).mean()  # the mean of both critics
     torch.testing.assert_close(bc, torch.tensor(0.5))  # (1 - 0)^2 over a batch of two; the other is beyond its episode
     torch.testing.assert_close(loss, 0.1 * 15 - q + 7 * 0.5)

@@ -25,6 +25,13 @@ def test_the_diff_is_the_paper(other):
             assert g == t, f"{name}:\n" + "\n".join(difflib.unified_diff(g.splitlines(), t.splitlines(), lineterm=""))
 
 
+def test_docstrings_of_the_pair_differ_in_name_cure_and_command():
+    """Four lines of each: the title, two that say how the gradients are tamed, the usage."""
+    g, t = (dict(split(path.read_text()))["docstring"].splitlines() for path in (G, T))
+    assert [i for i, (a, b) in enumerate(zip(g, t, strict=True)) if a != b] == [0, 3, 4, 7]
+    assert t[0] == g[0].replace("Flow-G", "Flow-T") and t[7] == g[7].replace("flow_g", "flow_t")
+
+
 def test_the_gaussian_differs_in_its_policy_alone():
     """sac_gaussian.py is sac_flow_g.py but for docstring, policy flags, policy and the lines that build it."""
     differing = [

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import FixedPolicy, Table
 from torch import nn
 
 
@@ -83,24 +84,6 @@ def test_alpha_moves_the_entropy_towards_its_target(script, entropy, direction):
         loss = script.alpha_loss(log_alpha, torch.tensor(-(target + entropy)), target)
         script.descend(torch.optim.Adam([log_alpha], lr=1e-2), loss)
         assert direction * (log_alpha.item() - before) > 0  # too little entropy raises alpha, too much lowers it
-
-
-class FixedPolicy(nn.Module):
-    """Stands for an actor: action and log_prob are functions of the observation that are known."""
-
-    def rollout(self, obs, noise, probe=None):
-        return obs[:, :1], 10 * obs[:, 0], None
-
-
-class Table(nn.Module):
-    """Stands for a critic: Q(s, a) = scale * (s + a)."""
-
-    def __init__(self, scale):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, obs, action):
-        return self.scale * (obs[:, 0] + action[:, 0])
 
 
 @pytest.mark.parametrize("crossq", [True, False])
