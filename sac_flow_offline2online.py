@@ -188,8 +188,6 @@ class Args:
     """width of the decoder's tokens"""
     decoder_layers: int = 2
     """decoder layers"""
-    decoder_heads: int = 4
-    """attention heads; they divide --decoder-dim"""
 
 
 def fail(message: str) -> NoReturn:
@@ -352,39 +350,27 @@ class GatedVelocity(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm decoder layer: y = phi + Cross(LN(phi), LN(memory)),  phi' = y + FFN(LN(y)).
+    """Pre-norm decoder layer: y = phi + Cross(LN(phi), LN(memory)),  phi' = y + FFN(LN(y)), of one token each.
 
-    Self-attention over action tokens, masked to the diagonal so that a step stays Markov in the action, would be a
-    linear map of each token alone: the FFN does that work. Raises ValueError unless `heads` divides `dim`.
+    Over one memory token the attention's softmax is 1, whatever queries, keys and heads are: Cross is the linear
+    read-out W_out W_value LN(memory), the same at all K steps, and is all that is built of it here. Self-attention,
+    masked to the diagonal so that a step stays Markov in the action, would be linear too: the FFN does that work.
     """
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"--decoder-heads {heads} must divide --decoder-dim {dim}")
-        self.heads = heads
-        self.norm_query, self.norm_memory, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.norm_memory, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
 
-    def split_heads(self, x):
-        """(B, tokens, dim) -> (B, heads, tokens, dim / heads)"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def encode(self, memory):
-        """Keys and values of the memory tokens (B, tokens, dim): the decoder's cache, made once per rollout."""
-        key, value = self.key_value(self.norm_memory(memory)).chunk(2, dim=-1)
-        return self.split_heads(key), self.split_heads(value)
+        """Cross(LN(phi), LN(memory)) for any phi: (B, dim) -> (B, dim)."""
+        return self.out(self.value(self.norm_memory(memory)))
 
-    def forward(self, phi, key, value):
-        """One layer over action tokens (B, 1, dim)."""
-        # With one memory token the softmax is over one score: its weight is 1 whatever query and key are, and the
-        # attention reduces to a linear read-out of the observation. More memory tokens need no change here.
-        query = self.split_heads(self.query(self.norm_query(phi)))
-        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):  # fused kernels cost more than so few tokens save
-            cross = F.scaled_dot_product_attention(query, key, value)
-        phi = phi + self.out(cross.transpose(1, 2).flatten(2))
-        return phi + self.ffn(self.norm_ffn(phi))
+    def forward(self, phi, cross):
+        """One layer over the action token phi (B, dim)."""
+        y = phi + cross
+        return y + self.ffn(self.norm_ffn(y))
 
 
 class DecodedVelocity(nn.Module):
@@ -393,26 +379,26 @@ class DecodedVelocity(nn.Module):
     Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, dim: int = 64, heads: int = 4, layers: int = 2):
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 64, layers: int = 2):
         super().__init__()
         self.from_obs = nn.Linear(obs_dim, dim)
         self.from_action = nn.Linear(action_dim, dim)
         self.from_time = TimeEmbedding(dim)
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, action_dim)
 
     def encode(self, obs):
-        """What the K steps share: (B, obs_dim) -> each layer's keys and values, (B, heads, 1, dim / heads) each."""
-        memory = self.from_obs(obs)[:, None]
+        """What the K steps share: (B, obs_dim) -> what each layer reads out of the observation token, (B, dim) each."""
+        memory = self.from_obs(obs)
         return [layer.encode(memory) for layer in self.layers]
 
     def forward(self, t, a, memory):
         """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
-        phi = (self.from_action(a) + self.from_time(t))[:, None]
-        for layer, (key, value) in zip(self.layers, memory, strict=True):
-            phi = layer(phi, key, value)
-        return self.out(self.norm(phi[:, 0]))
+        phi = self.from_action(a) + self.from_time(t)
+        for layer, cross in zip(self.layers, memory, strict=True):
+            phi = layer(phi, cross)
+        return self.out(self.norm(phi))
 
 
 class Actor(nn.Module):
@@ -540,10 +526,31 @@ def alpha_loss(log_alpha, log_prob, target_entropy):
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 
-def descend(optimizer, loss) -> None:
-    """One step of `optimizer` on `loss`."""
-    optimizer.zero_grad()
-    loss.backward()
+# A loss and its gradients in one function, so that both passes are compiled as one graph, and nothing else is computed.
+def critic_gradients(actor, critics, *inputs):
+    """What `critic_loss` returns, and the loss's gradients by the critics' parameters."""
+    loss, q = critic_loss(actor, critics, *inputs)
+    return loss.detach(), q, torch.autograd.grad(loss, list(critics.parameters()))
+
+
+def actor_gradients(actor, *inputs):
+    """What `actor_loss` returns, and the loss's gradients by the actor's parameters."""
+    loss, bc, log_prob = actor_loss(actor, *inputs)
+    return loss.detach(), bc, log_prob, torch.autograd.grad(loss, list(actor.parameters()))
+
+
+def offline_actor_gradients(actor, critics, batch, noise, alpha, beta, x0, t):
+    """What `actor_loss` and `flow_matching_loss` return, and the gradients of their sum by the actor's parameters."""
+    loss, bc, log_prob = actor_loss(actor, critics, batch, noise, alpha, beta)
+    matching = flow_matching_loss(actor, batch, x0, t)
+    gradients = torch.autograd.grad(loss + matching, list(actor.parameters()))
+    return loss.detach(), bc, log_prob, matching.detach(), gradients
+
+
+def descend(optimizer, gradients) -> None:
+    """One step of `optimizer`, given the gradient of each of its parameters, in their order."""
+    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+        parameter.grad = gradient
     optimizer.step()
 
 
@@ -660,8 +667,6 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         check(math.exp(-5) < args.sigma < math.exp(2), "sigma", "in (0.0068, 7.38), the range of a learned one")
     if args.autotune and not (args.learn_sigma and args.alpha > 0):
         fail("--autotune needs --learn-sigma, as no fixed sigma meets a target, and --alpha above 0: add --no-autotune")
-    if args.decoder_dim % args.decoder_heads:
-        fail(f"--decoder-heads {args.decoder_heads} must divide --decoder-dim {args.decoder_dim}")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda: this torch finds no CUDA device; use --no-cuda")
     return args, checkpoint
@@ -994,11 +999,17 @@ def describe(scores: dict[str, float]) -> str:
 def find_compiler(device: torch.device):
     """torch.compile if it works on this machine, else the identity and a note."""
     try:
+        torch.compiler.reset()  # no guard would tell what an earlier run in this process compiled from this run's
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         print("the first update compiles the losses, for up to a minute", file=sys.stderr)
-        # Without guards: each function always meets the same shapes and modes, and checking that cost 0.2 ms a call.
-        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-        return lambda function: torch.compile(function, dynamic=False, options=options)
+        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
+        options = {
+            # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
+            "guard_filter_fn": lambda guards: [False] * len(guards),
+            # Products of one row, the policy's, become sums that are compiled with the rest: a call costs more.
+            "post_grad_fusion_options": {"decompose_mm_pass": {}},
+        }
+        return lambda function: torch.compile(function, dynamic=False, options=dict(options))  # it takes items out
     except Exception:
         print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
         return lambda function: function
@@ -1074,7 +1085,7 @@ def main() -> None:
     velocity = {
         "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
         "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
-        "decoded": partial(DecodedVelocity, dim=args.decoder_dim, heads=args.decoder_heads, layers=args.decoder_layers),
+        "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers),
     }[args.velocity]
     try:
         actor = Actor(
@@ -1177,7 +1188,8 @@ def main() -> None:
 
     jit = find_compiler(device) if args.compile else lambda function: function
     policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
-    fast_critic_loss, fast_actor_loss, fast_matching_loss = jit(critic_loss), jit(actor_loss), jit(flow_matching_loss)
+    fast_critic_gradients, fast_actor_gradients = jit(critic_gradients), jit(actor_gradients)
+    fast_offline_actor_gradients = jit(offline_actor_gradients)
     policy_obs = torch.zeros(1, obs_dim, device=device)
     policy_action = torch.zeros(args.chunk, action_dim, device=device)
     discount = args.gamma**args.chunk
@@ -1190,22 +1202,24 @@ def main() -> None:
     def update(offline: bool) -> None:
         batch, alpha = buffer.sample(args.batch_size, args.chunk, args.gamma), log_alpha.detach().exp()
         noise = actor.noise(args.batch_size)
-        loss, q = fast_critic_loss(actor, critics, targets, batch, noise, alpha, discount)
-        descend(critic_optimizer, loss)
+        loss, q, gradients = fast_critic_gradients(actor, critics, targets, batch, noise, alpha, discount)
+        descend(critic_optimizer, gradients)
         with torch.no_grad():
             torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
-        losses[:2] = torch.stack([loss.detach(), q])
+        losses[:2] = torch.stack([loss, q])
 
-        noise, matching = actor.noise(args.batch_size), torch.zeros((), device=device)
-        loss, bc, log_prob = fast_actor_loss(actor, critics, batch, noise, alpha, beta)
+        inputs = actor, critics, batch, actor.noise(args.batch_size), alpha, beta
         if offline:
-            noise, t = torch.randn_like(noise[0]), torch.rand(args.batch_size, 1, device=device)
-            matching = fast_matching_loss(actor, batch, noise, t)
-        descend(actor_optimizer, loss + matching)  # leaves gradients in the critics, cleared before their own
+            x0, t = torch.randn_like(noise[0]), torch.rand(args.batch_size, 1, device=device)
+            loss, bc, log_prob, matching, gradients = fast_offline_actor_gradients(*inputs, x0, t)
+        else:
+            loss, bc, log_prob, gradients = fast_actor_gradients(*inputs)
+            matching = torch.zeros_like(loss)
+        descend(actor_optimizer, gradients)
         loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
         if args.autotune:
-            descend(alpha_optimizer, loss_alpha)
-        losses[2:] = torch.stack([loss.detach(), matching.detach(), bc, loss_alpha.detach(), alpha, -log_prob])
+            descend(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
+        losses[2:] = torch.stack([loss, matching, bc, loss_alpha.detach(), alpha, -log_prob])
 
     update_offline, update_online = partial(update, True), partial(update, False)
     if args.compile and args.cuda:

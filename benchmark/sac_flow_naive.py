@@ -202,13 +202,16 @@ class BatchRenorm(nn.Module):
         if not self.training:
             scale = self.weight * torch.rsqrt(self.running_var + self.eps)
             return x * scale + (self.bias - self.running_mean * scale)
-        var, mean = torch.var_mean(x, dim=0, correction=0)
-        std = torch.sqrt(var + self.eps)
+        # E[x^2] - E[x]^2 reads x once; taken around the running mean, it keeps its precision where x is far from 0.
+        offset = x - self.running_mean
+        mean_offset = offset.mean(0)
+        var = (offset.square().mean(0) - mean_offset.square()).clamp(min=0)
+        mean, std = self.running_mean + mean_offset, torch.sqrt(var + self.eps)
         with torch.no_grad():
             running_std = torch.sqrt(self.running_var + self.eps)
             warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
             r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
-            d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+            d = torch.where(warm, (mean_offset / running_std).clamp(-self.d_max, self.d_max), 0.0)
             self.running_mean.lerp_(mean, 1 - self.momentum)
             self.running_var.lerp_(var, 1 - self.momentum)
             self.batches.add_(1)
@@ -370,10 +373,23 @@ def alpha_loss(log_alpha, log_prob, target_entropy):
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 
-def descend(optimizer, loss) -> None:
-    """One step of `optimizer` on `loss`."""
-    optimizer.zero_grad()
-    loss.backward()
+# A loss and its gradients in one function, so that both passes are compiled as one graph, and nothing else is computed.
+def critic_gradients(actor, critics, *inputs):
+    """What `critic_loss` returns, and the loss's gradients by the critics' parameters."""
+    loss, q = critic_loss(actor, critics, *inputs)
+    return loss.detach(), q, torch.autograd.grad(loss, list(critics.parameters()))
+
+
+def actor_gradients(actor, *inputs):
+    """What `actor_loss` returns, and the loss's gradients by the actor's parameters."""
+    loss, log_prob = actor_loss(actor, *inputs)
+    return loss.detach(), log_prob, torch.autograd.grad(loss, list(actor.parameters()))
+
+
+def descend(optimizer, gradients) -> None:
+    """One step of `optimizer`, given the gradient of each of its parameters, in their order."""
+    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+        parameter.grad = gradient
     optimizer.step()
 
 
@@ -544,11 +560,17 @@ def evaluate(actor: Actor, env: gym.Env, seed: int) -> dict[str, float]:
 def find_compiler(device: torch.device):
     """torch.compile if it works on this machine, else the identity and a note."""
     try:
+        torch.compiler.reset()  # no guard would tell what an earlier run in this process compiled from this run's
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         print("the first update compiles the losses, for up to a minute", file=sys.stderr)
-        # Without guards: each function always meets the same shapes and modes, and checking that cost 0.2 ms a call.
-        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-        return lambda function: torch.compile(function, dynamic=False, options=options)
+        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
+        options = {
+            # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
+            "guard_filter_fn": lambda guards: [False] * len(guards),
+            # Products of one row, the policy's, become sums that are compiled with the rest: a call costs more.
+            "post_grad_fusion_options": {"decompose_mm_pass": {}},
+        }
+        return lambda function: torch.compile(function, dynamic=False, options=dict(options))  # it takes items out
     except Exception:
         print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
         return lambda function: function
@@ -705,7 +727,7 @@ def main() -> None:
 
     jit = find_compiler(device) if args.compile else lambda function: function
     policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
-    fast_critic_loss, fast_actor_loss = jit(critic_loss), jit(actor_loss)
+    fast_critic_gradients, fast_actor_gradients = jit(critic_gradients), jit(actor_gradients)
     policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
 
     # The three parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
@@ -714,28 +736,28 @@ def main() -> None:
             policy_action.copy_(policy(policy_obs, actor.noise(1))[0])
 
     def update_critic() -> None:
-        batch, alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
-        loss, q = fast_critic_loss(actor, critics, targets, batch, actor.noise(args.batch_size), alpha, args.gamma)
-        descend(critic_optimizer, loss)
+        batch, noise, alpha = buffer.sample(args.batch_size), actor.noise(args.batch_size), log_alpha.detach().exp()
+        loss, q, gradients = fast_critic_gradients(actor, critics, targets, batch, noise, alpha, args.gamma)
+        descend(critic_optimizer, gradients)
         if targets:
             with torch.no_grad():
                 torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
-        losses[:2] = torch.stack([loss.detach(), q])
+        losses[:2] = torch.stack([loss, q])
 
     def update_actor() -> None:
         (obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
         actor.norm.train()  # it normalises by running statistics, but for its own update
         critics.eval()
-        loss, log_prob = fast_actor_loss(actor, critics, obs, actor.noise(args.batch_size), alpha)
-        descend(actor_optimizer, loss)  # leaves gradients in the critics, cleared before their own
+        loss, log_prob, gradients = fast_actor_gradients(actor, critics, obs, actor.noise(args.batch_size), alpha)
+        descend(actor_optimizer, gradients)
         actor.norm.eval()
         critics.train()
         loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
         if args.autotune:
-            descend(alpha_optimizer, loss_alpha)
-        losses[2:] = torch.stack([loss.detach(), loss_alpha.detach(), alpha, -log_prob])
+            descend(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
+        losses[2:] = torch.stack([loss, loss_alpha.detach(), alpha, -log_prob])
 
-    if args.compile and args.cuda:  # the critic's is recorded first: the actor's adds to the gradients that it owns
+    if args.compile and args.cuda:
         act, update_critic, update_actor = CudaGraph(act), CudaGraph(update_critic), CudaGraph(update_actor)
 
     history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step

@@ -124,6 +124,8 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
     sys.path[:0] = [job["root"], str(Path(job["root"]) / "benchmark")]
     script = importlib.reload(importlib.import_module(job["script"]))
     make_env, find_compiler = script.make_env, script.find_compiler
+    kind = "gradients" if hasattr(script, "critic_gradients") else "loss"  # older versions: the forward pass alone
+    losses = {f"{part}_{kind}": part for part in ("critic", "actor")}
 
     def clocked_env(*args):
         env = make_env(*args)
@@ -137,13 +139,13 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
         return env
 
     def clocked_compiler(device):
-        compile, names = find_compiler(device), {"critic_loss": "critic", "actor_loss": "actor"}
-        return lambda function: clock.timed(names.get(function.__name__, "act"), compile(function))
+        compile = find_compiler(device)
+        return lambda function: clock.timed(losses.get(function.__name__, "act"), compile(function))
 
     script.make_env, script.find_compiler = clocked_env, clocked_compiler
     if "--no-compile" in flags:  # the rollout of one observation is then part of the rest
-        script.critic_loss = clock.timed("critic", script.critic_loss)
-        script.actor_loss = clock.timed("actor", script.actor_loss)
+        for name, part in losses.items():
+            setattr(script, name, clock.timed(part, getattr(script, name)))
     if not clock.cuda or "--no-compile" in flags:
         script.descend = clock.timed(None, script.descend)
     else:  # there a part is a graph: its functions run inside only to be recorded

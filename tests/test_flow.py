@@ -239,30 +239,31 @@ def test_flow_g_starts_contractive():
     assert torch.allclose(torch.sigmoid(velocity.gate(hidden[:, :256])), torch.tensor(0.9933), atol=1e-4)
 
 
-def test_flow_t_cross_attention_equals_multihead_attention():
+@pytest.mark.parametrize("heads", [1, 4, 8])
+def test_flow_t_cross_attention_equals_multihead_attention(heads):
+    """Of one memory token, whatever queries, keys and heads are, and whatever the action token is."""
     import sac_flow_t as script
 
-    layer = script.DecoderLayer(16, 4)
-    reference = nn.MultiheadAttention(16, 4, batch_first=True)
-    reference.in_proj_weight.data = torch.cat([layer.query.weight, layer.key_value.weight]).data
-    reference.in_proj_bias.data = torch.cat([layer.query.bias, layer.key_value.bias]).data
+    layer, reference = script.DecoderLayer(16), nn.MultiheadAttention(16, heads, batch_first=True)
+    reference.in_proj_weight.data[32:] = layer.value.weight.data  # queries and keys stay random
+    reference.in_proj_bias.data = torch.cat([torch.randn(32), layer.value.bias.data])
     reference.out_proj.load_state_dict(layer.out.state_dict())
-    for parameter in layer.ffn[-1].parameters():
-        nn.init.zeros_(parameter)  # leaves phi + attention
-    for tokens in (1, 5):  # the observation's one token, and more, where attention weights matter
-        phi, memory = torch.randn(7, 1, 16), torch.randn(7, tokens, 16)
-        expected = phi + reference(layer.norm_query(phi), *2 * [layer.norm_memory(memory)])[0]
-        torch.testing.assert_close(layer(phi, *layer.encode(memory)), expected)
+    query, memory = 10 * torch.randn(7, 1, 16), torch.randn(7, 16)
+    expected, weights = reference(query, *2 * [layer.norm_memory(memory)[:, None]])
+    assert torch.equal(weights, torch.ones(7, 1, 1))
+    torch.testing.assert_close(layer.encode(memory), expected[:, 0])
 
 
-def test_flow_t_with_one_memory_token_reads_the_observation_linearly():
+def test_flow_t_layer_is_pre_norm():
+    """y = phi + cross, phi' = y + FFN(LN(y)): a phi scaled up is normalised before the FFN sees it."""
     import sac_flow_t as script
 
-    layer, phi, memory = script.DecoderLayer(16, 4), torch.randn(7, 1, 16), torch.randn(7, 1, 16)
-    for parameter in layer.ffn[-1].parameters():
-        nn.init.zeros_(parameter)
-    read_out = layer.out(layer.key_value(layer.norm_memory(memory))[..., 16:])
-    torch.testing.assert_close(layer(phi, *layer.encode(memory)), phi + read_out)
+    layer, phi, cross = script.DecoderLayer(16).double(), torch.randn(7, 16).double(), torch.randn(7, 16).double()
+    y = phi + cross
+    normalised = (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    first, _, second = layer.ffn
+    expected = y + second(F.silu(first(normalised)))
+    torch.testing.assert_close(layer(phi, cross), expected)
 
 
 def test_observation_is_encoded_once_per_rollout(script):

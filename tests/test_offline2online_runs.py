@@ -474,7 +474,6 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse([*data, "--no-learn-sigma"], "--autotune", "--learn-sigma")
     refuse([*data, "--alpha", 0], "--autotune", "--alpha")
     refuse([*data, "--beta", -1], "--beta", "0 or more")
-    refuse([*data, "--decoder-heads", 3], "--decoder-heads 3")
     refuse([*data, "--sigma", 0], "--sigma", "above 0")
     refuse([*data, "--online-start", 500, "--online-steps", 400], "--online-start 500", "no update")
     refuse([*data, "--collect", 5], "--collect", "--dataset")

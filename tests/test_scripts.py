@@ -287,11 +287,6 @@ def test_unknown_flag(run, tmp_path):
     assert done.returncode == 2 and not any(tmp_path.iterdir())
 
 
-def test_flow_t_heads_must_divide(run, tmp_path):
-    assert_refused(run("--velocity-heads", "3", name="sac_flow_t"), "--velocity-heads 3", "--velocity-dim 64")
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_asked_for_and_absent(run):
     assert_refused(run("--cuda"), "--cuda", "--no-cuda")
