@@ -227,8 +227,8 @@ def test_what_the_scripts_share_is_the_same_text():
         body = re.search(rf"^(?:def|class) {start}\b.*?(?=\n\n\n)", text, re.S | re.M)[0]
         return body.replace("DecodedVelocity", "Velocity")
 
-    shared = "fail TimeEmbedding alpha_loss critic_gradients descend load_checkpoint save_checkpoint random_states set_random_states "
-    shared += "check_video to_obs to_action find_compiler matmul_precision CudaGraph"
+    shared = "fail TimeEmbedding alpha_loss critic_gradients descend load_checkpoint save_checkpoint random_states "
+    shared += "set_random_states check_video to_obs to_action find_compiler matmul_precision CudaGraph"
     for name in shared.split():
         assert part(text, name) == part(g, name), name
     assert part(text, "DecoderLayer") == part(t, "DecoderLayer")
