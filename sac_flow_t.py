@@ -204,16 +204,13 @@ class BatchRenorm(nn.Module):
         if not self.training:
             scale = self.weight * torch.rsqrt(self.running_var + self.eps)
             return x * scale + (self.bias - self.running_mean * scale)
-        # E[x^2] - E[x]^2 reads x once; taken around the running mean, it keeps its precision where x is far from 0.
-        offset = x - self.running_mean
-        mean_offset = offset.mean(0)
-        var = (offset.square().mean(0) - mean_offset.square()).clamp(min=0)
-        mean, std = self.running_mean + mean_offset, torch.sqrt(var + self.eps)
+        var, mean = torch.var_mean(x, dim=0, correction=0)
+        std = torch.sqrt(var + self.eps)
         with torch.no_grad():
             running_std = torch.sqrt(self.running_var + self.eps)
             warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
             r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
-            d = torch.where(warm, (mean_offset / running_std).clamp(-self.d_max, self.d_max), 0.0)
+            d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
             self.running_mean.lerp_(mean, 1 - self.momentum)
             self.running_var.lerp_(var, 1 - self.momentum)
             self.batches.add_(1)
