@@ -200,22 +200,26 @@ class BatchRenorm(nn.Module):
 
     def forward(self, x):
         # Everything is folded into one scale and one shift per feature, so x is read once for the statistics and
-        # once for the result.
-        if not self.training:
+        # once for the result. The stacks put these, and in the backward pass their gradients, into memory: compiled
+        # loops over x would otherwise repeat the roots and divisions at every element.
+        if self.training:
+            var, mean = torch.stack(torch.var_mean(x, dim=0, correction=0))
+            std = torch.sqrt(var + self.eps)
+            with torch.no_grad():
+                running_std = torch.sqrt(self.running_var + self.eps)
+                warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
+                r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
+                d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+                self.running_mean.lerp_(mean, 1 - self.momentum)
+                self.running_var.lerp_(var, 1 - self.momentum)
+                self.batches.add_(1)
+            scale = self.weight * r / std
+            shift = self.bias + self.weight * d - mean * scale
+        else:
             scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-            return x * scale + (self.bias - self.running_mean * scale)
-        var, mean = torch.var_mean(x, dim=0, correction=0)
-        std = torch.sqrt(var + self.eps)
-        with torch.no_grad():
-            running_std = torch.sqrt(self.running_var + self.eps)
-            warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
-            r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
-            d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
-            self.running_mean.lerp_(mean, 1 - self.momentum)
-            self.running_var.lerp_(var, 1 - self.momentum)
-            self.batches.add_(1)
-        scale = self.weight * r / std
-        return x * scale + (self.bias + self.weight * d - mean * scale)
+            shift = self.bias - self.running_mean * scale
+        scale, shift = torch.stack([scale, shift])
+        return x * scale + shift
 
 
 class Critic(nn.Module):
