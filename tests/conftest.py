@@ -1,7 +1,9 @@
 """What the tests share: the scripts as modules, and a way to run them as a user does."""
 
 import importlib
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -74,17 +76,48 @@ def assert_same(a, b, where="checkpoint"):
         assert a == b, where
 
 
+# Half of a short run is the import of torch and its compiler. A server that has imported them forks a process for each.
+forked = multiprocessing.get_context("forkserver")
+forked.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard", "gymnasium", "mujoco", "tyro"])
+
+
+def as_main(arguments: list[str], folder: Path, environ: dict, streams: list[Path]) -> None:
+    """What `python *arguments` does in a folder, in this process; its output goes to two files."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environ)
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv[:] = arguments
+    own = {str(ROOT), str(ROOT / "benchmark"), str(ROOT / "tests")}
+    sys.path[:] = [str(Path(arguments[0]).parent), environ["PYTHONPATH"], *(p for p in sys.path if p not in own)]
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 @pytest.fixture
-def start(tmp_path):
-    """Runs a script in a fresh folder: `start(*flags, name=...)` returns the finished process."""
+def start(tmp_path, tmp_path_factory):
+    """Runs a script in a fresh folder: `start(*flags, name=...)` returns the finished process.
+
+    With `env` or an argument of subprocess.run it is an interpreter of its own.
+    """
 
     def start(*flags: str, name: str, env=None, **kwargs) -> subprocess.CompletedProcess:
+        arguments = command(name, *flags)
         environ = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **(env or {})}
         for display in ("DISPLAY", "WAYLAND_DISPLAY"):
             environ.pop(display, None)
-        return subprocess.run(
-            command(name, *flags), cwd=tmp_path, env=environ, text=True, capture_output=True, timeout=500, **kwargs
-        )
+        if env or kwargs:
+            return subprocess.run(
+                arguments, cwd=tmp_path, env=environ, text=True, capture_output=True, timeout=500, **kwargs
+            )
+        streams = [tmp_path_factory.mktemp("output") / stream for stream in ("stdout", "stderr")]
+        process = forked.Process(target=as_main, args=(arguments[1:], tmp_path, environ, streams))
+        process.start()
+        process.join(500)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, 500)
+        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in streams))
 
     return start
 
