@@ -199,9 +199,9 @@ class BatchRenorm(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
-        # Everything is folded into one scale and one shift per feature, so x is read once for the statistics and
-        # once for the result. The stacks put these, and in the backward pass their gradients, into memory: compiled
-        # loops over x would otherwise repeat the roots and divisions at every element.
+        # Everything is folded into one scale and one shift per feature, so that after its statistics x is read once.
+        # The stacks put these, and in the backward pass their gradients, into memory: compiled loops over x would
+        # otherwise repeat the roots and divisions at every element.
         if self.training:
             var, mean = torch.stack(torch.var_mean(x, dim=0, correction=0))
             std = torch.sqrt(var + self.eps)
