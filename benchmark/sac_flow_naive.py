@@ -563,7 +563,7 @@ def find_compiler(device: torch.device):
     try:
         torch.compiler.reset()  # no guard would tell what an earlier run in this process compiled from this run's
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-        print("the first update compiles the losses, for up to a minute", file=sys.stderr)
+        print("the first update compiles the losses, for a minute or two", file=sys.stderr)
         torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
         options = {
             # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
