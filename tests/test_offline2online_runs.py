@@ -319,6 +319,7 @@ def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
 @needs_robosuite
 def test_robosuite_is_seeded_and_ends_at_success():
     env = script.RobosuiteEnv("lift")
+    assert env.horizon == 300
 
     def trace(seed):
         start = env.reset(seed=seed)[0]
@@ -351,21 +352,27 @@ def test_the_collector_plays_in_the_same_environment():
 
 
 @needs_robosuite
-def test_lift(start, tmp_path):
-    """The real task for 310 steps, from data of the right shape; and again, stopped and resumed."""
+def test_lift(monkeypatch, tmp_path, capsys):
+    """The real task, in episodes of 100 steps, from data of the right shape; and again, stopped and resumed."""
     write_robomimic(tmp_path / "data.hdf5", [20] * 5)
-    flags = ["--dataset", tmp_path / "data.hdf5", *SMALL, "--offline-steps", 50, "--online-start", 100]
+    flags = ["--dataset", tmp_path / "data.hdf5", *SMALL, "--offline-steps", 50, "--online-start", 40]
     flags += ["--eval-episodes", 1, "--eval-every", 1000]
-    done = start(*flags, "--online-steps", 310, name=NAME)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(script.ROBOSUITE, "lift", ("Lift", 100))
+
+    def main(*flags):
+        monkeypatch.setattr("sys.argv", ["x", *map(str, flags)])
+        script.main()
+
+    main(*flags, "--online-steps", 110)
     whole = the_run(tmp_path).rename(tmp_path / "whole")
-    assert checkpoint(whole)["buffer_added"] == 100 + 310
-    assert table(whole, "returns.csv")[1][1:4] == ["-300.0", "300", "0.0"]
+    assert checkpoint(whole)["buffer_added"] == 100 + 110
+    assert table(whole, "returns.csv")[1][1:4] == ["-100.0", "100", "0.0"]
     assert table(whole, "eval.csv")[1][:3] == ["50", "offline", "0"]
-    start(*flags, "--online-steps", 133, name=NAME)  # in mid-chunk of the first episode
+    main(*flags, "--online-steps", 63)  # in mid-chunk of the first episode
     run = the_run(tmp_path)
-    done = start("--resume", run, "--online-steps", 310, name=NAME)
-    assert "note" not in done.stderr and done.returncode == 0, done.stderr
+    main("--resume", run, "--online-steps", 110)
+    assert "note" not in capsys.readouterr().err
     assert_same(checkpoint(run), checkpoint(whole) | {"args": checkpoint(run)["args"]})
 
 
