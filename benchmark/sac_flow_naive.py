@@ -39,7 +39,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Optional
+from typing import Literal, NoReturn, Optional
 
 import gymnasium as gym
 import numpy as np
@@ -77,10 +77,14 @@ class Args:
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 50_000
     """steps between checkpoints; each is saved at the next end of an episode, and one at the end of the run"""
+    eval_every: int = 10_000
+    """steps between evaluations of the averaged actor, which training does not notice; 0 is none, also at the end"""
+    eval_episodes: int = 5
+    """episodes of an evaluation"""
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
-    """folder of a run whose saved policy is played instead of training"""
+    """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -105,6 +109,8 @@ class Args:
     """width of the two hidden layers of each critic"""
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
+    actor_average: float = 0.995
+    """decay, per update of the actor, of its averaged weights, which act and are evaluated; 0 is the last weights"""
     autotune: bool = True
     """learn alpha such that the entropy of the path meets --target-entropy"""
     alpha: float = 0.02
@@ -121,8 +127,8 @@ class Args:
     # Flow policy
     flow_steps: int = 4
     """K, Euler steps from noise to action"""
-    drift_correction: bool = True
-    """add the score term that keeps the noisy rollout's marginals those of the noise-free flow"""
+    score_step: Literal["exponential", "euler", "none"] = "exponential"
+    """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
     sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
     velocity_dim: int = 512
@@ -185,6 +191,7 @@ class BatchRenorm(nn.Module):
 
     y = ((x - mean) / std * r + d) * weight + bias,  r = std / running_std,  d = (mean - running_mean) / running_std,
     with r and d clipped and without gradient. For the first `warmup` batches r = 1, d = 0: plain batch norm.
+    The running statistics are the mean of all batches until there are 1 / (1 - momentum), from then on a moving one.
     """
 
     def __init__(self, dim: int, momentum=0.99, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
@@ -208,8 +215,9 @@ class BatchRenorm(nn.Module):
                 warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
                 r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
                 d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
-                self.running_mean.lerp_(mean, 1 - self.momentum)
-                self.running_var.lerp_(var, 1 - self.momentum)
+                weight = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
+                self.running_mean.lerp_(mean, weight)
+                self.running_var.lerp_(var, weight)
                 self.batches.add_(1)
             scale = self.weight * r / std
             shift = self.bias + self.weight * d - mean * scale
@@ -218,6 +226,11 @@ class BatchRenorm(nn.Module):
             shift = self.bias - self.running_mean * scale
         scale, shift = torch.stack([scale, shift])
         return x * scale + shift
+
+
+def renorm_of(args: Args):
+    """The flags' factory, dim -> module, of what normalises."""
+    return partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
 
 
 class Critic(nn.Module):
@@ -282,12 +295,12 @@ class Actor(nn.Module):
     """
 
     def __init__(
-        self, obs_dim: int, action_low, action_high, *, flow_steps: int = 4, drift_correction: bool = True,
+        self, obs_dim: int, action_low, action_high, *, flow_steps: int = 4, score_step: str = "exponential",
         sigma_dim: int = 256, renorm=lambda dim: nn.Identity(), **velocity,
     ):  # fmt: skip
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
-        self.flow_steps, self.drift_correction, self.action_dim = flow_steps, drift_correction, len(low)
+        self.flow_steps, self.score_step, self.action_dim = flow_steps, score_step, len(low)
         self.target_entropy = 0.0  # the paper's, of the path
         self.norm = renorm(obs_dim)
         self.velocity_net = Velocity(obs_dim, self.action_dim, **velocity)
@@ -303,32 +316,50 @@ class Actor(nn.Module):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
         return self.velocity_net(t, a, self.velocity_net.encode(self.norm(obs)))
 
-    def rollout(self, obs, noise, probe=None):
+    def step(self, i: int, a, v, sigma):
+        """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
+
+        Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
+        without noise. Euler's, the paper's, overshoots where sigma is large. The exponential one holds v fixed and
+        solves the rest exactly, with noise sigma sqrt(1 - t): the score's factor rho is in (0, 1) whatever sigma and K.
+        """
+        dt = 1 / self.flow_steps
+        t = i * dt
+        if self.score_step == "exponential":
+            x = sigma**2 * dt / 2
+            rho = torch.exp(-x)
+            return (t + dt) * v + rho * (a - t * v), torch.sqrt((1 - t) * -torch.expm1(-2 * x))
+        if self.score_step == "euler":
+            v = v + sigma**2 / 2 * (t * v - a) / (1 - t)
+        return a + dt * v, sigma * math.sqrt(dt)
+
+    def rollout(self, obs, noise):
         """Sample actions and the density of their paths (equations "rollout" and "density" of the README).
 
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians: noise[0] = A_0, noise[i+1] = eps_i.
-        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), path (K+1, B, D) of A_i.
-        `probe`, zeros of path's shape, is added to each A_i: its gradient is dL/dA_i.
+        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), and the path, a list of
+        A_0 to A_K, (B, D) each.
         """
         obs = self.norm(obs)
         memory = self.velocity_net.encode(obs)
-        log_std = -1.5 + 3.5 * torch.tanh(self.sigma_net(obs))  # (B, D) in [-5, 2], shared by the K steps
-        std, dt = log_std.exp(), 1 / self.flow_steps
-        a = noise[0] if probe is None else noise[0] + probe[0]
-        path = [a]
+        sigma = torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))  # (B, D) in [e^-5, e^2], shared by the K steps
+        path = [noise[0]]
+        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0)  # (B, D): of the noise, which is Gaussian
         for i in range(self.flow_steps):
-            t = i * dt
-            v = drift = self.velocity_net(t, a, memory)
-            if self.drift_correction:  # sigma^2 / 2 times the score of the linear path's marginal, (t v - a) / (1 - t)
-                drift = v + 0.5 * std**2 * (t * v - a) / (1 - t)
-            a = a + drift * dt + std * math.sqrt(dt) * noise[i + 1]
-            a = a if probe is None else a + probe[i + 1]
-            path.append(a)
-        # A_{i+1} given A_i is Gaussian with standard deviation std * sqrt(dt), and eps_i is its standardised value.
-        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - self.flow_steps * (log_std + 0.5 * math.log(dt))
+            v = self.velocity_net(i / self.flow_steps, path[i], memory)
+            mean, deviation = self.step(i, path[i], v, sigma)
+            path.append(mean + deviation * noise[i + 1])
+            log_prob = log_prob - deviation.log()
         # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
-        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - a - F.softplus(-2 * a))
-        return torch.tanh(a) * self.scale + self.bias, log_prob.sum(1), torch.stack(path)
+        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
+        return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
+
+    def largest_entropy(self) -> float:
+        """What the path's entropy cannot exceed: every sigma at its largest, e^2, and nothing squashed."""
+        one = torch.ones_like(self.scale)
+        log_deviations = [self.step(i, one, one, math.exp(2) * one)[1].log() for i in range(self.flow_steps)]
+        normal = 0.5 * math.log(2 * math.pi * math.e)
+        return float((self.scale.log() + (self.flow_steps + 1) * normal + sum(log_deviations)).sum())
 
     def noise(self, batch: int):
         """What a rollout of `batch` observations starts from: (K+1, B, D) of unit Gaussians."""
@@ -336,9 +367,18 @@ class Actor(nn.Module):
         return torch.randn(shape, device=self.scale.device, dtype=self.scale.dtype)
 
     def act(self, obs, deterministic: bool = False):
-        """Actions (B, D) for obs (B, obs_dim); deterministic: from A_0 = 0 without noise."""
+        """Actions (B, D) for obs (B, obs_dim); deterministic: from A_0 = 0 without noise, the mode of the path."""
         noise = self.noise(len(obs))
         return self.rollout(obs, torch.zeros_like(noise) if deterministic else noise)[0]
+
+
+def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
+    """The actor that the flags describe."""
+    velocity = {name[len("velocity_") :]: n for name, n in vars(args).items() if name.startswith("velocity_")}
+    return Actor(
+        obs_dim, action_low, action_high, flow_steps=args.flow_steps, score_step=args.score_step,
+        sigma_dim=args.sigma_dim, renorm=renorm_of(args), **velocity,
+    )  # fmt: skip
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
@@ -363,10 +403,10 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
 
 
 def actor_loss(actor, critics, obs, noise, alpha):
-    """mean(alpha log p_c - min_j Q_j(s, a)), its gradient through all K steps. Returns the loss and mean log p_c."""
-    action, log_prob, _ = actor.rollout(obs, noise)
+    """mean(alpha log p_c - min_j Q_j(s, a)), its gradient through all K steps. Returns it, mean log p_c, the path."""
+    action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
-    return (alpha * log_prob - q).mean(), log_prob.detach().mean()
+    return (alpha * log_prob - q).mean(), log_prob.detach().mean(), path
 
 
 def alpha_loss(log_alpha, log_prob, target_entropy):
@@ -382,8 +422,8 @@ def critic_gradients(actor, critics, *inputs):
 
 
 def actor_gradients(actor, *inputs):
-    """What `actor_loss` returns, and the loss's gradients by the actor's parameters."""
-    loss, log_prob = actor_loss(actor, *inputs)
+    """Loss and mean log p_c of `actor_loss`, and the loss's gradients by the actor's parameters."""
+    loss, log_prob, _ = actor_loss(actor, *inputs)
     return loss.detach(), log_prob, torch.autograd.grad(loss, list(actor.parameters()))
 
 
@@ -395,19 +435,25 @@ def descend(optimizer, gradients) -> None:
 
 
 def gradient_norms(actor, critics, obs, noise, alpha):
-    """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible."""
-    probe = torch.zeros_like(noise, requires_grad=True)
-    action, log_prob, _ = actor.rollout(obs, noise, probe)
-    q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
-    (gradient,) = torch.autograd.grad((alpha * log_prob - q).sum(), probe)
-    return gradient.norm(dim=2).mean(1)  # (K+1,)
+    """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible.
+
+    As the actor's update sees it, normalised by the batch; the running statistics stay as they are.
+    """
+    statistics = copy.deepcopy(actor.norm.state_dict())
+    actor.norm.train()
+    critics.eval()
+    loss, _, path = actor_loss(actor, critics, obs, noise.requires_grad_(), alpha)
+    gradients = torch.stack(torch.autograd.grad(len(obs) * loss, path))  # (K+1, B, D), the mean of the loss undone
+    actor.norm.load_state_dict(statistics)
+    actor.norm.eval()
+    critics.train()
+    return gradients.norm(dim=2).mean(1)  # (K+1,)
 
 
-def load_checkpoint(folder: str) -> dict:
-    """Read <folder>/checkpoint.pt; stops the program if it is missing, damaged or written by another script."""
-    path = Path(folder) / "checkpoint.pt"
+def load(path: Path) -> dict:
+    """Read a checkpoint.pt or policy.pt; stops the program if it is missing, damaged or written by another script."""
     if not path.is_file():
-        fail(f"no checkpoint at {path}: name the folder of a run that has saved one, such as runs/<name>")
+        fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load would not notice a flipped bit
@@ -424,18 +470,26 @@ def load_checkpoint(folder: str) -> dict:
     return state
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write <folder>/checkpoint.pt such that at any instant a complete one is there. Raises OSError if it cannot."""
-    temporary = folder / "checkpoint.pt.tmp"
+def load_policy(path: str) -> Actor:
+    """The actor of a policy.pt, ready to act: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
+    state = load(Path(path))
+    actor = make_actor(Args(**state["args"]), state["obs_dim"], state["action_low"], state["action_high"])
+    actor.load_state_dict(state["actor"])
+    return actor.eval()
+
+
+def write(path: Path, state: dict) -> None:
+    """Write `state` such that at any instant a complete file is there. Raises OSError if it cannot."""
+    temporary = path.with_suffix(".pt.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / "checkpoint.pt")
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
         temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {folder / 'checkpoint.pt'} ({error})") from error
+        raise OSError(f"could not write {path} ({error})") from error
 
 
 def random_states(device: torch.device) -> dict:
@@ -457,17 +511,35 @@ def set_random_states(states: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+def seed_random(seed: int) -> None:
+    """Seed the process's random generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def fork_random(seed: int, device: torch.device):
+    """Within it the random generators start from `seed`; after it they are where they were before."""
+    states = random_states(device)
+    seed_random(seed)
+    yield
+    set_random_states(states, device)
+
+
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
     args, checkpoint = tyro.cli(Args, description=__doc__), None
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
-        checkpoint = load_checkpoint(folder)
+        path = Path(folder)
+        checkpoint = load(path if path.suffix == ".pt" else path / ("checkpoint.pt" if args.resume else "policy.pt"))
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
         args = tyro.cli(Args, description=__doc__, default=saved)
         may_change = {"total_timesteps", "cuda", "compile", "capture_video", "track", "save_every"}
+        may_change |= {"eval_every", "eval_episodes"}
         for field in fields(Args):
             old, new = getattr(saved, field.name), getattr(args, field.name)
             if old != new and field.name not in may_change:
@@ -481,7 +553,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
 
     for field in fields(Args):
         value = getattr(args, field.name)
-        if field.name in ("seed", "random_steps", "renorm_warmup"):
+        if field.name in ("seed", "random_steps", "renorm_warmup", "eval_every"):
             check(0 <= value < 2**32, field.name, "0 or more, and below 2^32")
         elif type(value) is int:
             check(value >= 1, field.name, "1 or more")
@@ -490,6 +562,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     check(0 <= args.gamma <= 1, "gamma", "in [0, 1]")
     check(0 <= args.adam_b1 < 1, "adam_b1", "in [0, 1)")
     check(0 < args.tau <= 1, "tau", "in (0, 1]")
+    check(0 <= args.actor_average < 1, "actor_average", "in [0, 1)")
     check(args.target_entropy is None or math.isfinite(args.target_entropy), "target_entropy", "finite")
     check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
     if args.cuda and not torch.cuda.is_available():
@@ -538,24 +611,26 @@ def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
     return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
 
 
-def evaluate(actor: Actor, env: gym.Env, seed: int) -> dict[str, float]:
-    """Print and return the mean returns of 10 deterministic and 10 stochastic episodes, reset with seed + 0..9."""
-    actor.eval()
-    means = {}
-    for kind in ("deterministic", "stochastic"):
-        returns = np.zeros(10)
-        for i in range(len(returns)):
-            obs, done = env.reset(seed=seed + i)[0], False
-            while not done:
-                obs = torch.from_numpy(to_obs(obs)).to(actor.scale.device)[None]
-                with torch.no_grad():
-                    action = actor.act(obs, deterministic=kind == "deterministic")[0].cpu().numpy()
-                obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
-                returns[i] += float(reward)
-                done = terminated or truncated
-        means[f"eval/{kind}_return"] = float(returns.mean())
-        print(f"{kind}: return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
-    return means
+def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
+    """Play episodes, reset with seed + 0, 1, ...; `act` maps obs (obs_dim,) to an action (D,), both numpy.
+
+    Returns their mean return with its standard error, and their mean length.
+    """
+    returns, lengths = np.zeros(episodes), np.zeros(episodes)
+    for i in range(episodes):
+        obs, done = env.reset(seed=seed + i)[0], False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(to_action(act(to_obs(obs)), env.action_space))
+            returns[i] += float(reward)
+            lengths[i] += 1
+            done = terminated or truncated
+    error = returns.std() / math.sqrt(episodes)
+    return {"return": returns.mean(), "return_error": error, "length": lengths.mean()}
+
+
+def describe(scores: dict[str, float]) -> str:
+    """An evaluation in a line."""
+    return f"return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
 
 
 def find_compiler(device: torch.device):
@@ -626,25 +701,19 @@ def main() -> None:
     env = make_env(args.env_id, render_mode)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
     run = Path(args.resume or args.evaluate or "runs")
-    if not (args.resume or args.evaluate):
+    run = run.parent if run.suffix == ".pt" else run
+    if not checkpoint:
         run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
     if args.capture_video:
         check_video(env)
     videos = partial(gym.wrappers.RecordVideo, video_folder=str(run / "videos"), disable_logger=True)
 
     precision = matmul_precision(device, args.bf16)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-
-    renorm = partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
+    seed_random(args.seed)
     try:
-        velocity = {name[len("velocity_") :]: n for name, n in vars(args).items() if name.startswith("velocity_")}
-        actor = Actor(
-            obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel(), flow_steps=args.flow_steps,
-            drift_correction=args.drift_correction, sigma_dim=args.sigma_dim, renorm=renorm, **velocity,
-        ).to(device)  # fmt: skip
-        critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm) for _ in range(2)).to(device)
+        actor = make_actor(args, obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel()).to(device).eval()
+        critics = [Critic(obs_dim, action_dim, args.critic_dim, renorm_of(args)) for _ in range(2)]
+        critics = nn.ModuleList(critics).to(device)
         buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
         sizes = ", ".join(f"--{name.replace('_', '-')}" for name in vars(args) if name.endswith(("_dim", "_size")))
@@ -654,23 +723,39 @@ def main() -> None:
         print(f"{run} at step {checkpoint['step']}")
         if args.capture_video:
             env = videos(env, name_prefix="evaluation", episode_trigger=lambda episode: True)
-        evaluate(actor, env, args.seed)
+
+        @torch.no_grad()
+        def play(obs: np.ndarray, deterministic: bool) -> np.ndarray:
+            return actor.act(torch.from_numpy(obs).to(device)[None], deterministic)[0].cpu().numpy()
+
+        for kind in ("deterministic", "stochastic"):
+            act_so = partial(play, deterministic=kind == "deterministic")
+            print(f"{kind}: {describe(evaluate(act_so, env, args.eval_episodes, args.seed))}")
         env.close()
         return
 
+    # The actor that acts and is evaluated: a moving average of the weights, with the statistics of the one that learns.
+    average = copy.deepcopy(actor).requires_grad_(False)
+    for name, statistic in actor.norm.named_buffers():
+        setattr(average.norm, name, statistic)
     targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
     target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
+    if args.autotune and target_entropy >= actor.largest_entropy():
+        reach = f"below {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
+        fail(f"--target-entropy must be {reach}")
     log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
     adam = partial(torch.optim.Adam, betas=(args.adam_b1, 0.999), fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
     learned = {
-        "actor": actor, "critics": critics, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer,
-        "alpha_optimizer": alpha_optimizer, **({"targets": targets} if targets else {}),
+        "actor": actor, "average": average, "critics": critics, "actor_optimizer": actor_optimizer,
+        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
+        **({"targets": targets} if targets else {}),
     }  # fmt: skip
     losses = torch.zeros(len(LOSSES), device=device)
-    step, updates, seconds, saved_step, csv_length = 0, 0, 0.0, 0, 0
+    step, updates, seconds, saved_step, best = 0, 0, 0.0, 0, -math.inf
+    lengths = {"returns.csv": 0, "eval.csv": 0}
     if checkpoint:
         for name, part in learned.items():
             part.load_state_dict(checkpoint[name])
@@ -678,9 +763,10 @@ def main() -> None:
         losses.copy_(checkpoint["losses"])
         buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
         step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
-        saved_step, csv_length = step, checkpoint["csv_length"]
-        if not (run / "returns.csv").is_file() or (run / "returns.csv").stat().st_size < csv_length:
-            fail(f"{run / 'returns.csv'} is shorter than when the checkpoint was saved: restore it from a copy")
+        saved_step, best, lengths = step, checkpoint["best"], checkpoint["lengths"]
+        for name, length in lengths.items():
+            if not (run / name).is_file() or (run / name).stat().st_size < length:
+                fail(f"{run / name} is shorter than when the checkpoint was saved: restore it from a copy")
 
     if args.track:
         try:
@@ -695,16 +781,19 @@ def main() -> None:
         run.mkdir(parents=True, exist_ok=bool(checkpoint))
         (run / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
-        csv_file = open(run / "returns.csv", "r+" if checkpoint else "w", newline="")
-        csv_file.truncate(csv_length)
+        csv_files = {name: open(run / name, "r+" if checkpoint else "w", newline="") for name in lengths}
+        for name, length in lengths.items():
+            csv_files[name].truncate(length)
+            csv_files[name].seek(length)
     except OSError as error:
         fail(f"cannot write to {run}: {error.strerror}")
     writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    csv_file.seek(csv_length)
-    returns_csv = csv.writer(csv_file, lineterminator="\n")
+    returns_csv, eval_csv = (csv.writer(file, lineterminator="\n") for file in csv_files.values())
     if not checkpoint:
         returns_csv.writerow(["step", "return", "length", "seconds"])
+        eval_csv.writerow(["step", "kind", "return", "return_error", "length", "episodes", "seconds"])
 
+    eval_env = make_env(args.env_id)
     env.reset(seed=args.seed)
     env.action_space.seed(args.seed)
     env_random, space_random = env.unwrapped.np_random.bit_generator, env.action_space.np_random.bit_generator
@@ -727,14 +816,15 @@ def main() -> None:
             obs = to_obs(env.reset()[0])
 
     jit = find_compiler(device) if args.compile else lambda function: function
-    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+    policy = jit(lambda obs, noise: average.rollout(obs, noise)[0])
     fast_critic_gradients, fast_actor_gradients = jit(critic_gradients), jit(actor_gradients)
     policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
+    policy_noise = torch.zeros_like(actor.noise(1))
 
     # The three parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
     def act() -> None:
         with torch.no_grad():
-            policy_action.copy_(policy(policy_obs, actor.noise(1))[0])
+            policy_action.copy_(policy(policy_obs, policy_noise)[0])
 
     def update_critic() -> None:
         batch, noise, alpha = buffer.sample(args.batch_size), actor.noise(args.batch_size), log_alpha.detach().exp()
@@ -751,6 +841,8 @@ def main() -> None:
         critics.eval()
         loss, log_prob, gradients = fast_actor_gradients(actor, critics, obs, actor.noise(args.batch_size), alpha)
         descend(actor_optimizer, gradients)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(actor.parameters()), 1 - args.actor_average)
         actor.norm.eval()
         critics.train()
         loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
@@ -763,11 +855,44 @@ def main() -> None:
 
     history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
 
+    def choose(obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        """The averaged actor's action (D,) for obs (obs_dim,)."""
+        policy_obs.copy_(torch.from_numpy(obs))
+        policy_noise.zero_() if deterministic else policy_noise.normal_()
+        act()
+        return policy_action.cpu().numpy().copy()
+
+    def save_policy(name: str) -> None:
+        """Write the averaged actor, and what builds it, as `load_policy` reads it."""
+        space = env.action_space
+        state = dict(script=SCRIPT, args=asdict(args), step=step, obs_dim=obs_dim, actor=average.state_dict())
+        state.update(action_low=space.low.ravel().tolist(), action_high=space.high.ravel().tolist())
+        write(run / name, state)
+
+    def score(kind: Literal["deterministic", "stochastic"]) -> None:
+        """Evaluate the averaged actor and write it down. Neither training nor its clock notices."""
+        nonlocal best, start
+        began = time.time()
+        with fork_random(args.seed, device):
+            act_so = partial(choose, deterministic=kind == "deterministic")
+            scores = evaluate(act_so, eval_env, args.eval_episodes, args.seed)
+        for name, value in scores.items():
+            writer.add_scalar(f"eval/{name}" if kind == "deterministic" else f"eval/{kind}_{name}", value, step)
+        elapsed = round(seconds + began - start, 2)
+        eval_csv.writerow([step, kind, *(f"{value:.5g}" for value in scores.values()), args.eval_episodes, elapsed])
+        csv_files["eval.csv"].flush()
+        tqdm.write(f"step {step}, {kind}: {describe(scores)}")
+        if kind == "deterministic" and scores["return"] > best:
+            best = float(scores["return"])
+            save_policy("policy_best.pt")
+        start += time.time() - began
+
     def save() -> None:
         """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
         nonlocal saved_step
-        csv_file.flush()
-        os.fsync(csv_file.fileno())
+        for file in csv_files.values():
+            file.flush()
+            os.fsync(file.fileno())
         mean_losses()
         for name in ("actor", "critics"):
             for parameter, value in learned[name].state_dict().items():
@@ -776,11 +901,12 @@ def main() -> None:
         state = {name: part.state_dict() for name, part in learned.items()}
         state.update(
             script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), losses=losses, buffer=buffer.filled(),
-            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start,
-            csv_length=csv_file.tell(), random=random_states(device), space_random=space_random.state,
-            env_random=episode_random, episode_length=episode_length,
+            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start, best=best,
+            lengths={name: file.tell() for name, file in csv_files.items()}, random=random_states(device),
+            space_random=space_random.state, env_random=episode_random, episode_length=episode_length,
         )  # fmt: skip
-        save_checkpoint(run, state)
+        save_policy("policy.pt")
+        write(run / "checkpoint.pt", state)
         saved_step = step
 
     def kept() -> str:
@@ -804,7 +930,6 @@ def main() -> None:
         signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    actor.eval()
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
     try:
         while step < args.total_timesteps and not signals:
@@ -813,9 +938,7 @@ def main() -> None:
             if step < args.random_steps:
                 action = env.action_space.sample().ravel().astype(np.float32)
             else:
-                policy_obs.copy_(torch.from_numpy(obs))
-                act()
-                action = policy_action.cpu().numpy()
+                action = choose(obs)
                 if not np.isfinite(action).all():
                     mean_losses()  # if a loss diverged before, it is the one to name
                     diverged(step, "action")
@@ -835,10 +958,9 @@ def main() -> None:
                 if updates % args.actor_delay == 0:
                     update_actor()
                     if updates // args.actor_delay % 1000 == 0:
-                        critics.eval()
-                        (batch_obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
-                        norms = gradient_norms(actor, critics, batch_obs, actor.noise(args.batch_size), alpha)
-                        critics.train()
+                        with fork_random(args.seed + step, device):
+                            (batch_obs, *_), noise = buffer.sample(args.batch_size), actor.noise(args.batch_size)
+                        norms = gradient_norms(actor, critics, batch_obs, noise, log_alpha.detach().exp())
                         for i, norm in enumerate(norms.tolist()):
                             writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
                 torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
@@ -858,19 +980,25 @@ def main() -> None:
                 writer.add_scalar("charts/episodic_return", episode_return, step)
                 writer.add_scalar("charts/episodic_length", episode_length, step)
                 returns_csv.writerow([step, episode_return, episode_length, round(elapsed, 2)])
-                csv_file.flush()
+                csv_files["returns.csv"].flush()
                 last_returns.append(episode_return)
                 episode_random, episode_return, episode_length = env_random.state, 0.0, 0
                 if step - saved_step >= args.save_every:
                     save()
                 obs = to_obs(env.reset()[0])
+            if args.eval_every and step % args.eval_every == 0 and step < args.total_timesteps:
+                score("deterministic")
         save()
+        if args.eval_every and step == args.total_timesteps:  # a resumed run goes on from before it
+            score("deterministic")
+            score("stochastic")
     except OSError as error:
         fail(f"step {step}: {error}; {kept()}")
     finally:
         bar.close()
         env.close()
-        for file in (writer, csv_file):
+        eval_env.close()
+        for file in (writer, *csv_files.values()):
             with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
                 file.close()
         for number, handler in handlers.items():
@@ -879,9 +1007,6 @@ def main() -> None:
     if step < args.total_timesteps:
         print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
         raise SystemExit(128 + signals[0])
-    with SummaryWriter(run) as writer:
-        for name, value in evaluate(actor, make_env(args.env_id), args.seed).items():
-            writer.add_scalar(name, value, step)
     print(f"saved in {run}")
 
 
