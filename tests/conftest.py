@@ -131,7 +131,7 @@ def run(name, start):
 class FixedPolicy(nn.Module):
     """Stands for an actor: action and log_prob are functions of the observation that are known."""
 
-    def rollout(self, obs, noise, probe=None):
+    def rollout(self, obs, noise):
         return obs[:, :1], 10 * obs[:, 0], None
 
 

@@ -19,9 +19,9 @@ PENDULUM = ["--env-id", "InvertedPendulum-v4", "--random-steps", "100", *SMALL]
 HOPPER = ["--env-id", "Hopper-v4", *SMALL]
 
 
-def returns(run: Path) -> list[list[str]]:
-    """returns.csv without its column of seconds."""
-    return [row[:3] for row in csv.reader(open(run / "returns.csv"))]
+def returns(run: Path, name: str = "returns.csv") -> list[list[str]]:
+    """returns.csv, or eval.csv, without its last column, of seconds."""
+    return [row[:-1] for row in csv.reader(open(run / name))]
 
 
 @pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
@@ -58,7 +58,7 @@ def test_compiled_is_eager(run, tmp_path, device):
     eager, compiled = (checkpoint(tmp_path / str(i)) for i in range(2))
     assert eager["updates"] == 12 and eager["losses"].ne(0).all()
     torch.testing.assert_close(compiled["losses"], eager["losses"], rtol=1e-3, atol=1e-4)
-    for part in ("actor", "critics"):
+    for part in ("actor", "average", "critics"):
         torch.testing.assert_close(compiled[part], eager[part], rtol=1e-2, atol=1e-3)
 
 
@@ -70,11 +70,12 @@ def test_without_a_compiler_it_goes_on(run, tmp_path):
 
 
 def test_what_a_run_leaves(run, tmp_path, name):
-    done = run(*PENDULUM, "--total-timesteps", 600, "--seed", 7, "--compile")
+    done = run(*PENDULUM, "--total-timesteps", 600, "--seed", 7, "--eval-every", 200, "--compile")
     assert done.returncode == 0, done.stderr
     folder = the_run(tmp_path)
     assert folder.name.startswith(f"InvertedPendulum-v4__{name}__7__")
-    assert {"args.json", "checkpoint.pt", "returns.csv"} <= {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
+    assert {"args.json", "checkpoint.pt", "returns.csv", "eval.csv", "policy.pt", "policy_best.pt"} <= names
     args = json.loads((folder / "args.json").read_text())
     assert args["seed"] == 7 and args["critic_dim"] == 16
 
@@ -88,10 +89,20 @@ def test_what_a_run_leaves(run, tmp_path, name):
     losses = {"qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy"}
     expected = {f"losses/{loss}" for loss in losses} | {f"flow/grad_norm_step_{i}" for i in range(5)}
     expected |= {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
-    expected |= {"eval/deterministic_return", "eval/stochastic_return"}
+    expected |= {"eval/return", "eval/length", "eval/stochastic_return"}
     assert expected <= set(events.Tags()["scalars"])
     logged = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
     assert logged == [(int(row["step"]), pytest.approx(float(row["return"]))) for row in rows]
+
+    evaluations = list(csv.DictReader(open(folder / "eval.csv")))
+    assert list(evaluations[0]) == ["step", "kind", "return", "return_error", "length", "episodes", "seconds"]
+    kinds = [("200", "deterministic"), ("400", "deterministic"), ("600", "deterministic"), ("600", "stochastic")]
+    assert [(row["step"], row["kind"]) for row in evaluations] == kinds
+    assert all(float(row["return"]) == float(row["length"]) > 1 for row in evaluations)  # reward 1 a step
+    logged = [(event.step, event.value) for event in events.Scalars("eval/return")]
+    assert logged == [(int(row["step"]), pytest.approx(float(row["return"]))) for row in evaluations[:3]]
+    best = max(evaluations[:3], key=lambda row: float(row["return"]))
+    assert torch.load(folder / "policy_best.pt")["step"] == int(best["step"])
 
 
 def test_same_seed_same_run_other_seed_other_run(run, tmp_path):
@@ -131,11 +142,97 @@ def test_controls_run_resume_and_evaluate_alike(tmp_path, control, start):
     assert_refused(start("--gamma", 2, name=control), "--gamma")
 
 
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """Runs a script, imported, in a fresh folder of its own and returns its run's folder."""
+
+    def main(script, *flags):
+        (tmp_path / str(len(list(tmp_path.iterdir())))).mkdir()
+        folder = max(tmp_path.iterdir(), key=lambda path: int(path.name))
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", ["script", *map(str, flags)])
+        script.main()
+        return the_run(folder)
+
+    return main
+
+
+def test_measuring_leaves_training_as_it_is(script, main, monkeypatch):
+    """Evaluations and gradient norms draw random numbers, run the networks and step an environment of their own."""
+    flags = ["--env-id", "tiny_envs:Dice-v0", "--total-timesteps", 200, "--random-steps", 50, *SMALL]
+    measured = main(script, *flags, "--eval-every", 30, "--actor-delay", 1)
+    assert len(returns(measured, "eval.csv")) == 1 + 7 + 1
+    monkeypatch.setattr(script, "gradient_norms", lambda actor, critics, obs, noise, alpha: torch.zeros(5))
+    bare = main(script, *flags, "--eval-every", 0, "--actor-delay", 1)
+    assert len(returns(bare, "eval.csv")) == 1 and not (bare / "policy_best.pt").exists()
+    states = [checkpoint(folder) for folder in (measured, bare)]
+    for state in states:
+        del state["args"], state["best"]
+    assert_same(*states)
+    assert returns(measured) == returns(bare)
+
+
+def test_evaluation_takes_no_time_of_the_run(script, main, monkeypatch):
+    scores = {"return": 0.0, "return_error": 0.0, "length": 1.0}
+    monkeypatch.setattr(script, "evaluate", lambda *inputs: time.sleep(2) or scores)
+    folder = main(script, *PENDULUM, "--total-timesteps", 150, "--eval-every", 70)
+    assert [row[:2] for row in returns(folder, "eval.csv")[1:3]] == [["70", "deterministic"], ["140", "deterministic"]]
+    for name in ("returns.csv", "eval.csv"):
+        assert float(list(csv.reader(open(folder / name)))[-1][-1]) < 4  # of which 1 or so is training, 4 evaluations
+    assert torch.load(folder / "checkpoint.pt")["seconds"] < 4
+
+
+def test_load_policy_is_the_averaged_actor(script, main, tmp_path, capsys):
+    folder = main(script, *PENDULUM, "--total-timesteps", 150, "--actor-average", 0.9, "--flow-steps", 3)
+    actor, state = script.load_policy(folder / "policy.pt"), checkpoint(folder)
+    assert_same(dict(actor.state_dict()), dict(state["average"]))
+    assert not torch.equal(state["average"]["sigma_net.0.weight"], state["actor"]["sigma_net.0.weight"])
+    assert_same(state["average"]["norm.running_mean"], state["actor"]["norm.running_mean"])
+    obs = torch.randn(6, 4)
+    assert actor.flow_steps == 3 and actor.act(obs, deterministic=True).shape == (6, 1)
+    torch.testing.assert_close(actor.act(obs[:1], deterministic=True), actor.act(obs, deterministic=True)[:1])
+    (folder / "policy.pt").write_bytes(b"not a policy")
+    with pytest.raises(SystemExit):
+        script.load_policy(folder / "policy.pt")
+    assert "policy.pt is truncated or corrupted" in capsys.readouterr().err
+
+
+def test_average_is_the_moving_average_of_the_actors_weights(script, main, monkeypatch):
+    """With decay 0 the last weights; else what a_n = decay a_{n-1} + (1 - decay) w_n makes of them."""
+    weights, flags = [], [*PENDULUM, "--total-timesteps", 130, "--actor-delay", 1]
+    descend = script.descend
+
+    def recorded(optimizer, gradients):
+        descend(optimizer, gradients)
+        parameters = optimizer.param_groups[0]["params"]
+        if any(parameter is weights[0] for parameter in parameters):
+            weights.append(weights[0].detach().clone())
+
+    class Recorded(script.Actor):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            weights[:] = [self.sigma_net[0].weight]
+            self.start = self.sigma_net[0].weight.detach().clone()
+            starts.append(self.start)
+
+    starts = []
+    monkeypatch.setattr(script, "descend", recorded)
+    monkeypatch.setattr(script, "Actor", Recorded)
+    for decay in (0, 0.8):
+        average = checkpoint(main(script, *flags, "--actor-average", decay))["average"]["sigma_net.0.weight"]
+        expected = starts[-1]
+        for weight in weights[1:]:
+            expected = decay * expected + (1 - decay) * weight
+        assert len(weights) == 31
+        torch.testing.assert_close(average, expected)
+
+
 # --- checkpoints ---
 
 
 def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
     flags = [*PENDULUM, "--total-timesteps", 500, "--save-every", 120, "--buffer-size", 220]  # the buffer wraps around
+    flags += ["--eval-every", 50]
     assert run(*flags).returncode == 0
     whole = the_run(tmp_path)
     whole = whole.rename(tmp_path / "whole")
@@ -155,7 +252,10 @@ def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
     done = run("--resume", folder)
     assert done.returncode == 0, done.stderr
     assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
-    assert returns(folder) == returns(whole)
+    assert returns(folder) == returns(whole) and returns(folder, "eval.csv") == returns(whole, "eval.csv")
+    for policy in ("policy.pt", "policy_best.pt"):
+        states = [torch.load(path / policy, weights_only=True) for path in (folder, whole)]
+        assert_same(states[0], states[1] | {"args": states[0]["args"]})
 
 
 # What is compiled here is what test_compiled_is_eager compiled.
@@ -163,6 +263,7 @@ def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
 def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     """The end of a run falls into an episode, which is replayed."""
     flags = [*kind, "--random-steps", 300]
+    flags += ["--eval-every", 100]
     assert run(*flags, "--total-timesteps", 400).returncode == 0
     whole = the_run(tmp_path).rename(tmp_path / "whole")
     episodes = ((int(end), int(length)) for end, _, length in returns(whole)[1:])
@@ -173,7 +274,7 @@ def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     done = run("--resume", folder, "--total-timesteps", 400)
     assert done.returncode == 0 and "could not be replayed" not in done.stderr, done.stderr
     assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
-    assert returns(folder) == returns(whole)
+    assert returns(folder) == returns(whole) and returns(folder, "eval.csv") == returns(whole, "eval.csv")
 
 
 def test_environment_that_cannot_be_replayed_starts_a_new_episode(run, tmp_path):
@@ -209,6 +310,9 @@ def test_evaluate(run, tmp_path):
     assert first.returncode == 0, first.stderr
     assert "step 200" in first.stdout and "deterministic: return" in first.stdout and first.stdout == second.stdout
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    (folder / "checkpoint.pt").unlink()  # policy.pt is enough
+    done = run("--evaluate", folder / "policy_best.pt", "--eval-episodes", 2)
+    assert done.returncode == 0 and str(folder / "policy_best.pt") in done.stdout, done.stderr
 
 
 def can_render() -> bool:
@@ -226,7 +330,7 @@ def test_capture_video(run, tmp_path):
     videos = list((folder / "videos").glob("*.mp4"))
     assert videos and all(path.stat().st_size > 1000 for path in videos)
     assert run("--evaluate", folder, "--capture-video").returncode == 0
-    assert len(list((folder / "videos").glob("evaluation*.mp4"))) == 20
+    assert len(list((folder / "videos").glob("evaluation*.mp4"))) == 10
 
 
 # --- bad input ---
@@ -270,7 +374,12 @@ def assert_refused(done, *words):
         ("--env-id a:b:c", "--env-id a:b:c"),
         ("--critic-dim 10000000", "--critic-dim"),
         ("--resume nowhere", "nowhere/checkpoint.pt"),
-        ("--evaluate nowhere", "nowhere/checkpoint.pt"),
+        ("--evaluate nowhere", "nowhere/policy.pt"),
+        ("--evaluate runs/nothing.pt", "runs/nothing.pt"),
+        ("--eval-every -1", "--eval-every"),
+        ("--eval-episodes 0", "--eval-episodes"),
+        ("--actor-average 1", "--actor-average"),
+        ("--target-entropy 100", "--target-entropy must be below"),
         ("--resume a --evaluate b", "exclude"),
         ("--buffer-size 1000000000000000", "--buffer-size"),
     ],

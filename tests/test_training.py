@@ -18,8 +18,9 @@ def reference_renorm(x, norm, mean, var):
         r = (batch_std / running_std).clamp(1 / 3, 3).detach()
         d = ((batch_mean - mean) / running_std).clamp(-5, 5).detach()
     y = ((x - batch_mean) / batch_std * r + d) * norm.weight + norm.bias
-    new_mean = 0.99 * mean + 0.01 * batch_mean.detach()
-    return y, new_mean, 0.99 * var + 0.01 * x.var(0, unbiased=False).detach()
+    weight = max(0.01, 1 / (int(norm.batches) + 1))
+    new_mean = (1 - weight) * mean + weight * batch_mean.detach()
+    return y, new_mean, (1 - weight) * var + weight * x.var(0, unbiased=False).detach()
 
 
 @pytest.mark.parametrize("shift", [0.3, 30.0])  # the second clips r and d
@@ -45,12 +46,25 @@ def test_batch_renorm_matches_a_straightforward_reference(script, warmup, shift)
     torch.testing.assert_close((norm.running_mean, norm.running_var), (mean, var))  # evaluation changes nothing
 
 
+@pytest.mark.parametrize("n", [1, 2, 50, 5000])
+def test_batch_renorm_statistics_are_means_of_all_batches_then_moving_ones(script, n):
+    """The mean of the first 100 batches, from which the moving average with momentum 0.99 goes on."""
+    norm, x = script.BatchRenorm(3).double(), 7 * torch.randn(n, 8, 3).double() - 20
+    for batch in x:
+        norm(batch)
+    for running, values in ((norm.running_mean, x.mean(1)), (norm.running_var, x.var(1, correction=0))):
+        weights = 0.01 * 0.99 ** torch.arange(n - 1, -1, -1).double()
+        weights[:100] = 0.99 ** max(0, n - 100) / min(n, 100)
+        torch.testing.assert_close(weights.sum().item(), 1.0)
+        torch.testing.assert_close(running, weights @ values)
+
+
 def test_batch_renorm_switches_after_its_warmup(script):
     norm = script.BatchRenorm(4, warmup=2)
     x = 5 + torch.randn(64, 4)
-    means = [norm(x).mean().item() for _ in range(3)]
+    means = [norm(batch).mean().item() for batch in (x, x + 20, x + 40)]
     assert abs(means[0]) < 1e-5 and abs(means[1]) < 1e-5  # batch norm: zero mean
-    assert means[2] > 3  # renorm: relative to the running mean, still near 0
+    assert means[2] > 3  # renorm: relative to the running mean, still near 15
 
 
 def test_batch_renorm_keeps_its_precision_far_from_0(script):
@@ -65,7 +79,7 @@ def test_batch_renorm_keeps_its_precision_far_from_0(script):
 
 
 def test_batch_renorm_is_batch_norm_while_r_is_1_and_d_is_0(script):
-    norm, reference = script.BatchRenorm(6), nn.BatchNorm1d(6, eps=1e-3, momentum=0.01)
+    norm, reference = script.BatchRenorm(6), nn.BatchNorm1d(6, eps=1e-3, momentum=None)  # None: cumulative
     for _ in range(5):
         x = 3 + 2 * torch.randn(32, 6)
         torch.testing.assert_close(norm(x), reference(x), rtol=1e-4, atol=1e-5)
@@ -123,7 +137,7 @@ def test_crossq_forward_is_joint(script):
     batch = [torch.randn(64, 2), torch.rand(64, 1), torch.zeros(64), torch.zeros(64), 5 + torch.randn(64, 2)]
     script.critic_loss(actor, critics, None, batch, torch.randn(5, 64, 1), 0.1, 0.99)
     first = critics[0].net[0]
-    expected = 0.01 * torch.cat([batch[0], batch[4]]).mean(0)
+    expected = torch.cat([batch[0], batch[4]]).mean(0)
     torch.testing.assert_close(first.running_mean[:2], expected)
     assert first.batches == 1 and actor.norm.batches == 0
 
@@ -131,15 +145,36 @@ def test_crossq_forward_is_joint(script):
 def test_actor_loss_flows_through_every_step(script):
     actor, critics = script.Actor(2, [-1.0], [1.0]), nn.ModuleList(script.Critic(2, 1, 8) for _ in range(2))
     obs, noise = torch.randn(16, 2), torch.randn(5, 16, 1)
-    loss, log_prob = script.actor_loss(actor, critics, obs, noise, 0.1)
-    action, expected_log_prob, _ = actor.rollout(obs, noise)
+    loss, log_prob, path = script.actor_loss(actor, critics, obs, noise, 0.1)
+    action, expected_log_prob, expected_path = actor.rollout(obs, noise)
+    torch.testing.assert_close(path, expected_path)
     q = torch.minimum(critics[0](obs, action), critics[1](obs, action))
     torch.testing.assert_close(loss, (0.1 * expected_log_prob - q).mean())
     torch.testing.assert_close(log_prob, expected_log_prob.mean())
     loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in actor.parameters())
-    norms = script.gradient_norms(actor, critics, obs, noise, 0.1)
-    assert norms.shape == (5,) and (norms > 0).all()
+
+
+def test_gradient_norms_are_those_that_the_update_sees(script):
+    """Of the loss with the batch's statistics, which are not those that run; nothing is changed by measuring."""
+    actor = script.Actor(2, [-1.0], [1.0], renorm=script.BatchRenorm).eval()
+    critics = nn.ModuleList(script.Critic(2, 1, 8, script.BatchRenorm) for _ in range(2))
+    obs, noise = 3 + 7 * torch.randn(16, 2), torch.randn(5, 16, 1)
+    before = copy.deepcopy([actor.state_dict(), critics.state_dict()])
+    norms = script.gradient_norms(actor, critics, obs, noise.clone(), 0.1)
+    torch.testing.assert_close([actor.state_dict(), critics.state_dict()], before, rtol=0, atol=0)
+    assert critics.training and not actor.training and not actor.norm.training
+
+    def expected():
+        """By each observation's own loss."""
+        action, log_prob, path = actor.rollout(obs, noise.requires_grad_())
+        q = torch.minimum(critics[0](obs, action), critics[1](obs, action))
+        return torch.stack([g.norm(dim=1).mean() for g in torch.autograd.grad((0.1 * log_prob - q).sum(), path)])
+
+    critics.eval()
+    assert not torch.allclose(norms, expected(), rtol=0.05)
+    actor.norm.train()
+    torch.testing.assert_close(norms, expected())
 
 
 def test_gradients_are_those_of_the_losses_alone(script):
@@ -153,7 +188,7 @@ def test_gradients_are_those_of_the_losses_alone(script):
         (script.actor_gradients, script.actor_loss, actor, (actor, critics, batch[0], noise, 0.1)),
     ):
         start = copy.deepcopy([actor.state_dict(), critics.state_dict()])
-        value, mean = loss(*inputs)
+        value, mean, *_ = loss(*inputs)
         value.backward()
         expected = [parameter.grad.clone() for parameter in network.parameters()]
         actor.zero_grad()

@@ -50,6 +50,14 @@ class Home(gym.Env):
         return np.array([self.x]), reward, False, self.t == 10, {}
 
 
+class Dice(Home):
+    """`Home` with a die thrown into every reward by numpy's global generator, as careless environments do."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, reward + np.random.randint(1, 7), *rest
+
+
 def spaces(observation=None, action=None):
     """`Scripted` with another space."""
     spaces = {"observation_space": observation, "action_space": action}
@@ -63,6 +71,7 @@ gym.register("BadObservation-v0", Scripted, kwargs={"bad": "observation", "bad_s
 gym.register("BadReset-v0", Scripted, kwargs={"bad": "reset", "bad_step": 60})
 gym.register("InfiniteReward-v0", Scripted, kwargs={"bad": "infinite", "bad_step": 60})
 gym.register("Home-v0", Home)
+gym.register("Dice-v0", Dice)
 gym.register("Broken-v0", lambda: 1 / 0)
 gym.register("DiscreteObservation-v0", spaces(observation=Discrete(4)))
 gym.register("DictObservation-v0", spaces(observation=Dict(x=Box(-1, 1, (3,)))))
