@@ -170,8 +170,8 @@ class Args:
     """Flow-G, Flow-T, or the control without either"""
     flow_steps: int = 4
     """K, Euler steps from noise to action"""
-    drift_correction: bool = True
-    """add the score term that keeps the noisy rollout's marginals those of the noise-free flow"""
+    score_step: Literal["exponential", "euler", "none"] = "exponential"
+    """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
     sigma: float = 0.1
     """noise scale of the rollout at the start, or always with --no-learn-sigma; one for every loss, phase and action"""
     learn_sigma: bool = True
@@ -411,60 +411,75 @@ class Actor(nn.Module):
 
     def __init__(
         self, obs_dim: int, action_low, action_high, *, chunk: int = 5, velocity=GatedVelocity, flow_steps: int = 4,
-        drift_correction: bool = True, sigma: float = 0.1, learn_sigma: bool = False, sigma_dim: int = 128,
+        score_step: str = "exponential", sigma: float = 0.1, learn_sigma: bool = False, sigma_dim: int = 128,
     ):  # fmt: skip
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32).repeat(chunk) for bound in (action_low, action_high))
-        self.flow_steps, self.drift_correction, self.action_dim = flow_steps, drift_correction, len(low)
+        self.flow_steps, self.score_step, self.action_dim = flow_steps, score_step, len(low)
         self.velocity_net = velocity(obs_dim, self.action_dim)
         self.log_sigma, self.sigma_net = math.log(sigma), None
         if learn_sigma:
             self.sigma_net = nn.Sequential(*mlp(obs_dim, sigma_dim, 2, self.action_dim, activation=nn.ReLU))
             nn.init.zeros_(self.sigma_net[-1].weight)
             nn.init.constant_(self.sigma_net[-1].bias, math.atanh((self.log_sigma + 1.5) / 3.5))
-        # What a fixed sigma gives, but for the squash: a Gaussian's entropy for A_0 and for every step. It is far below
-        # 0, the target of the from-scratch scripts, which a fixed sigma could never meet.
-        normal = 0.5 * math.log(2 * math.pi * math.e)
-        step = normal + self.log_sigma + 0.5 * math.log(1 / flow_steps)
-        self.target_entropy = self.action_dim * (normal + flow_steps * step)
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
+        # Far below 0, the target of the from-scratch scripts, which so small a sigma could never meet.
+        self.target_entropy = self.largest_entropy(sigma)
 
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
         return self.velocity_net(t, a, self.velocity_net.encode(obs))
 
-    def log_std(self, obs):
-        """log sigma, (B, D), shared by the K steps; a learned one is in [-5, 2]."""
+    def sigma(self, obs):
+        """sigma (B, D), shared by the K steps; a learned one is in [e^-5, e^2]."""
         if self.sigma_net is None:
-            return self.scale.new_full((len(obs), self.action_dim), self.log_sigma)
-        return -1.5 + 3.5 * torch.tanh(self.sigma_net(obs))
+            return self.scale.new_full((len(obs), self.action_dim), self.log_sigma).exp()
+        return torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))
 
-    def rollout(self, obs, noise, probe=None):
+    def step(self, i: int, a, v, sigma):
+        """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
+
+        Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
+        without noise. Euler's, the paper's, overshoots where sigma is large. The exponential one holds v fixed and
+        solves the rest exactly, with noise sigma sqrt(1 - t): the score's factor rho is in (0, 1) whatever sigma and K.
+        """
+        dt = 1 / self.flow_steps
+        t = i * dt
+        if self.score_step == "exponential":
+            x = sigma**2 * dt / 2
+            rho = torch.exp(-x)
+            return (t + dt) * v + rho * (a - t * v), torch.sqrt((1 - t) * -torch.expm1(-2 * x))
+        if self.score_step == "euler":
+            v = v + sigma**2 / 2 * (t * v - a) / (1 - t)
+        return a + dt * v, sigma * math.sqrt(dt)
+
+    def rollout(self, obs, noise):
         """Sample actions and the density of their paths (equations "rollout" and "density" of the README).
 
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians: noise[0] = A_0, noise[i+1] = eps_i.
-        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), path (K+1, B, D) of A_i.
-        `probe`, zeros of path's shape, is added to each A_i: its gradient is dL/dA_i.
+        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), and the path, a list of
+        A_0 to A_K, (B, D) each.
         """
         memory = self.velocity_net.encode(obs)
-        log_std = self.log_std(obs)
-        std, dt = log_std.exp(), 1 / self.flow_steps
-        a = noise[0] if probe is None else noise[0] + probe[0]
-        path = [a]
+        sigma = self.sigma(obs)
+        path = [noise[0]]
+        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0)  # (B, D): of the noise, which is Gaussian
         for i in range(self.flow_steps):
-            t = i * dt
-            v = drift = self.velocity_net(t, a, memory)
-            if self.drift_correction:  # sigma^2 / 2 times the score of the linear path's marginal, (t v - a) / (1 - t)
-                drift = v + 0.5 * std**2 * (t * v - a) / (1 - t)
-            a = a + drift * dt + std * math.sqrt(dt) * noise[i + 1]
-            a = a if probe is None else a + probe[i + 1]
-            path.append(a)
-        # A_{i+1} given A_i is Gaussian with standard deviation std * sqrt(dt), and eps_i is its standardised value.
-        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - self.flow_steps * (log_std + 0.5 * math.log(dt))
+            v = self.velocity_net(i / self.flow_steps, path[i], memory)
+            mean, deviation = self.step(i, path[i], v, sigma)
+            path.append(mean + deviation * noise[i + 1])
+            log_prob = log_prob - deviation.log()
         # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
-        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - a - F.softplus(-2 * a))
-        return torch.tanh(a) * self.scale + self.bias, log_prob.sum(1), torch.stack(path)
+        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
+        return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
+
+    def largest_entropy(self, sigma: float = math.exp(2)) -> float:
+        """Entropy of paths with that sigma everywhere, were nothing squashed: in nats, of all dimensions and steps."""
+        one = torch.ones_like(self.scale)
+        log_deviations = [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
+        normal = 0.5 * math.log(2 * math.pi * math.e)
+        return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
 
     def unsquash(self, action):
         """The A_K that `rollout` squashes to `action` (B, D), up to 0.5 % of the half range short of its bounds.
@@ -512,13 +527,13 @@ def flow_matching_loss(actor, batch, noise, t):
 def actor_loss(actor, critics, batch, noise, alpha, beta):
     """mean(alpha log p_c - mean_j Q_j(s, a)) + beta mean own |a - a_data|^2, its gradient through all K steps.
 
-    Returns the loss, the last term without its beta, and mean log p_c.
+    Returns the loss, the last term without its beta, mean log p_c, and the path.
     """
     obs, data_action, own, *_ = batch
-    action, log_prob, _ = actor.rollout(obs, noise)
+    action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).mean(0)
     bc = (own * (action - data_action).square()).mean()
-    return (alpha * log_prob - q).mean() + beta * bc, bc.detach(), log_prob.detach().mean()
+    return (alpha * log_prob - q).mean() + beta * bc, bc.detach(), log_prob.detach().mean(), path
 
 
 def alpha_loss(log_alpha, log_prob, target_entropy):
@@ -534,14 +549,14 @@ def critic_gradients(actor, critics, *inputs):
 
 
 def actor_gradients(actor, *inputs):
-    """What `actor_loss` returns, and the loss's gradients by the actor's parameters."""
-    loss, bc, log_prob = actor_loss(actor, *inputs)
+    """What `actor_loss` returns but for the path, and the loss's gradients by the actor's parameters."""
+    loss, bc, log_prob, _ = actor_loss(actor, *inputs)
     return loss.detach(), bc, log_prob, torch.autograd.grad(loss, list(actor.parameters()))
 
 
 def offline_actor_gradients(actor, critics, batch, noise, alpha, beta, x0, t):
-    """What `actor_loss` and `flow_matching_loss` return, and the gradients of their sum by the actor's parameters."""
-    loss, bc, log_prob = actor_loss(actor, critics, batch, noise, alpha, beta)
+    """The same, and what `flow_matching_loss` returns: the gradients are those of the sum of both losses."""
+    loss, bc, log_prob, _ = actor_loss(actor, critics, batch, noise, alpha, beta)
     matching = flow_matching_loss(actor, batch, x0, t)
     gradients = torch.autograd.grad(loss + matching, list(actor.parameters()))
     return loss.detach(), bc, log_prob, matching.detach(), gradients
@@ -554,20 +569,17 @@ def descend(optimizer, gradients) -> None:
     optimizer.step()
 
 
-def gradient_norms(actor, critics, obs, noise, alpha):
-    """Mean over the batch of |dL/dA_i| for i = 0..K, L = alpha log p_c - Q: the RNN gradient product made visible."""
-    probe = torch.zeros_like(noise, requires_grad=True)
-    action, log_prob, _ = actor.rollout(obs, noise, probe)
-    q = torch.stack([critic(obs, action) for critic in critics]).mean(0)
-    (gradient,) = torch.autograd.grad((alpha * log_prob - q).sum(), probe)
-    return gradient.norm(dim=2).mean(1)  # (K+1,)
+def gradient_norms(actor, critics, batch, noise, alpha, beta):
+    """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible."""
+    loss, _, _, path = actor_loss(actor, critics, batch, noise.requires_grad_(), alpha, beta)
+    gradients = torch.stack(torch.autograd.grad(len(noise[0]) * loss, path))  # (K+1, B, D), the loss's mean undone
+    return gradients.norm(dim=2).mean(1)  # (K+1,)
 
 
-def load_checkpoint(folder: str) -> dict:
-    """Read <folder>/checkpoint.pt; stops the program if it is missing, damaged or written by another script."""
-    path = Path(folder) / "checkpoint.pt"
+def load(path: Path) -> dict:
+    """Read a checkpoint.pt or policy.pt; stops the program if it is missing, damaged or written by another script."""
     if not path.is_file():
-        fail(f"no checkpoint at {path}: name the folder of a run that has saved one, such as runs/<name>")
+        fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load would not notice a flipped bit
@@ -584,18 +596,18 @@ def load_checkpoint(folder: str) -> dict:
     return state
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write <folder>/checkpoint.pt such that at any instant a complete one is there. Raises OSError if it cannot."""
-    temporary = folder / "checkpoint.pt.tmp"
+def write(path: Path, state: dict) -> None:
+    """Write `state` such that at any instant a complete file is there. Raises OSError if it cannot."""
+    temporary = path.with_suffix(".pt.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / "checkpoint.pt")
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
         temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {folder / 'checkpoint.pt'} ({error})") from error
+        raise OSError(f"could not write {path} ({error})") from error
 
 
 def random_states(device: torch.device) -> dict:
@@ -617,13 +629,29 @@ def set_random_states(states: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+def seed_random(seed: int) -> None:
+    """Seed the process's random generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def fork_random(seed: int, device: torch.device):
+    """Within it the random generators start from `seed`; after it they are where they were before."""
+    states = random_states(device)
+    seed_random(seed)
+    yield
+    set_random_states(states, device)
+
+
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
     args, checkpoint = tyro.cli(Args, description=__doc__), None
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
-        checkpoint = load_checkpoint(folder)
+        checkpoint = load(Path(folder) / "checkpoint.pt")
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
         args = tyro.cli(Args, description=__doc__, default=saved)
@@ -958,15 +986,14 @@ def success_interval(successes: int, episodes: int) -> tuple[float, float]:
 
 
 def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int, deterministic: bool = False) -> dict[str, float]:
-    """Play episodes, reset with seed + 0, 1, ..., by whole chunks; torch's generators are left as they were.
+    """Play episodes, reset with seed + 0, 1, ..., by whole chunks; the random generators are left as they were.
 
     Returns means: success_rate with its 95 % interval success_low, success_high (NaN if the task reports no success),
     return, its standard error, and length.
     """
     returns, lengths, successes = np.zeros(episodes), np.zeros(episodes), np.full(episodes, np.nan)
     device = actor.scale.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
+    with fork_random(seed, device), torch.no_grad():
         for i in range(episodes):
             obs, done, queue = env.reset(seed=seed + i)[0], False, []
             while not done:
@@ -1078,10 +1105,7 @@ def main() -> None:
             data = load_data(file, env, args)
 
     precision = matmul_precision(device, args.bf16)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-
+    seed_random(args.seed)
     velocity = {
         "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
         "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
@@ -1090,7 +1114,7 @@ def main() -> None:
     try:
         actor = Actor(
             obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel(), chunk=args.chunk, velocity=velocity,
-            flow_steps=args.flow_steps, drift_correction=args.drift_correction, sigma=args.sigma,
+            flow_steps=args.flow_steps, score_step=args.score_step, sigma=args.sigma,
             learn_sigma=args.learn_sigma, sigma_dim=args.sigma_dim,
         ).to(device)  # fmt: skip
         sizes = obs_dim, args.chunk * action_dim, args.critic_dim, args.critic_layers
@@ -1112,6 +1136,9 @@ def main() -> None:
 
     targets = copy.deepcopy(critics).requires_grad_(False)
     target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
+    if args.autotune and target_entropy >= actor.largest_entropy():
+        reach = f"below {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
+        fail(f"--target-entropy must be {reach}")
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
     beta = torch.tensor(float(args.beta), device=device)
     adam = partial(torch.optim.Adam, fused=True, capturable=True)
@@ -1165,7 +1192,7 @@ def main() -> None:
     if not checkpoint:
         returns_csv.writerow(["step", "return", "length", "success", "seconds"])
         scored = ["success_rate", "success_low", "success_high", "return", "return_error", "length"]
-        eval_csv.writerow(["step", "phase", *scored, "episodes", "seconds"])
+        eval_csv.writerow(["step", "phase", "kind", *scored, "episodes", "seconds"])
 
     eval_env = make_env(args)
     env.reset(seed=args.seed)
@@ -1245,7 +1272,7 @@ def main() -> None:
             lengths={name: file.tell() for name, file in csv_files.items()}, random=random_states(device),
             env_random=episode_random, episode_length=episode_length, queue=torch.from_numpy(queue.copy()),
         )  # fmt: skip
-        save_checkpoint(run, state)
+        write(run / "checkpoint.pt", state)
         saved_step = step
 
     def kept() -> str:
@@ -1263,15 +1290,18 @@ def main() -> None:
         return rows.mean(0)
 
     def score() -> None:
-        """Evaluate, and write it down."""
-        phase = "offline" if step <= args.offline_steps else "online"
+        """Evaluate, and write it down. Neither training nor its clock notices."""
+        nonlocal start
+        began, phase = time.time(), "offline" if step <= args.offline_steps else "online"
         scores = evaluate(actor, eval_env, args.eval_episodes, args.seed)
         for name, value in scores.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        elapsed = round(seconds + time.time() - start, 2)
-        eval_csv.writerow([step, phase, *(f"{value:.5g}" for value in scores.values()), args.eval_episodes, elapsed])
+        elapsed = round(seconds + began - start, 2)
+        values = [f"{value:.5g}" for value in scores.values()]
+        eval_csv.writerow([step, phase, "stochastic", *values, args.eval_episodes, elapsed])
         csv_files["eval.csv"].flush()
         tqdm.write(f"step {step}, {phase}: {describe(scores)}")
+        start += time.time() - began
 
     signals = []  # Ctrl-C or a kill is acted upon at the end of the step; the same again stops at once
 
@@ -1319,9 +1349,10 @@ def main() -> None:
                     updates += 1
                     history.append((step, losses.clone()))
                 if step % 1000 == 0:
-                    batch_obs, *_ = buffer.sample(args.batch_size, args.chunk, args.gamma)
-                    noise, alpha = actor.noise(args.batch_size), log_alpha.detach().exp()
-                    norms = gradient_norms(actor, critics, batch_obs, noise, alpha)
+                    with fork_random(args.seed + step, device):
+                        batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
+                        noise = actor.noise(args.batch_size)
+                    norms = gradient_norms(actor, critics, batch, noise, log_alpha.detach().exp(), beta)
                     for i, norm in enumerate(norms.tolist()):
                         writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
                 torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster

@@ -3,7 +3,7 @@
 Takes the critics, observations and alpha of one run's checkpoint and trains a new actor of each velocity on them, from
 the same sigma network, with the same batches, noise and optimizer. Records the actor's loss, the growth of the
 gradient over the rollout |dL/dA_0| / |dL/dA_K|, and the norm of the gradient of all parameters; for several K, with
-the velocity's weight matrices scaled at the start so that dv/dA is large, and with the drift correction on and off.
+the velocity's weight matrices scaled at the start so that dv/dA is large, and with the score and without.
 
     python benchmark/frozen_critic.py --run runs/<name> --out benchmark/results/gradients
 
@@ -36,8 +36,8 @@ class Args:
     """K"""
     weight_scales: list[float] = field(default_factory=lambda: [1.0, 5.0])
     """factors of the velocity's weight matrices at the start"""
-    drift_corrections: list[bool] = field(default_factory=lambda: [True, False])
-    """with and without the drift correction, whose score term contracts the rollout"""
+    score_steps: list[str] = field(default_factory=lambda: ["exponential", "none"])
+    """with and without the score, which contracts the rollout"""
     seeds: int = 3
     """actors per point"""
     updates: int = 500
@@ -46,11 +46,11 @@ class Args:
     """observations per update"""
 
 
-def train(script, old_actor, critics, all_obs, alpha, k, scale, drift, seed, args):
+def train(script, old_actor, critics, all_obs, alpha, k, scale, score_step, seed, args):
     """Rows (update, loss, growth, gradient) of one new actor against the frozen critics."""
     torch.manual_seed(seed)
     low, high = old_actor.bias - old_actor.scale, old_actor.bias + old_actor.scale
-    sizes = dict(flow_steps=k, drift_correction=drift, renorm=script.BatchRenorm)
+    sizes = dict(flow_steps=k, score_step=score_step, renorm=script.BatchRenorm)
     actor = script.Actor(all_obs.shape[1], low, high, **sizes)
     torch.manual_seed(seed)  # velocities draw differently: the rest of the actor and all batches are to be the same
     for layer in actor.sigma_net[::2]:
@@ -61,12 +61,11 @@ def train(script, old_actor, critics, all_obs, alpha, k, scale, drift, seed, arg
     optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3, betas=(0.5, 0.999), fused=True)
     for update in range(args.updates + 1):
         obs, noise = all_obs[torch.randint(len(all_obs), (args.batch_size,))], actor.noise(args.batch_size)
-        loss, _ = script.actor_loss(actor, critics, obs, noise, alpha)
+        loss, *_ = script.actor_loss(actor, critics, obs, noise, alpha)
         optimizer.zero_grad()
         loss.backward()
         if update % 25 == 0:
-            norms = script.gradient_norms(actor.eval(), critics, obs, noise, alpha)
-            actor.train()
+            norms = script.gradient_norms(actor, critics, obs, noise, alpha)
             gradient = torch.nn.utils.get_total_norm([p.grad for p in actor.parameters() if p.grad is not None])
             growth = (norms[0] / norms[-1]).item()
             yield dict(update=update, loss=loss.item(), growth=growth, gradient=gradient.item())
@@ -79,7 +78,7 @@ def draw(rows: list[dict], path: Path) -> None:
     The loss is shown above the lowest of the velocities on the same batch, whose noise is so taken out.
     """
     plt = pyplot()
-    setting_of = itemgetter("K", "weight_scale", "drift_correction")
+    setting_of = itemgetter("K", "weight_scale", "score_step")
     settings, batches = list(dict.fromkeys(map(setting_of, rows))), defaultdict(list)
     for row in rows:
         batches[setting_of(row), row["seed"], row["update"]].append(row["loss"])
@@ -102,8 +101,8 @@ def draw(rows: list[dict], path: Path) -> None:
                 axis.set_yscale("symlog", linthresh=1)
             else:
                 axis.set_yscale("log")
-        k, scale, drift = setting
-        column[0].set_title(f"K = {k}, weights x {scale:g}\n{'' if drift else 'no '}drift correction", fontsize=9)
+        k, scale, score_step = setting
+        column[0].set_title(f"K = {k}, weights x {scale:g}\nscore: {score_step}", fontsize=9)
         column[2].set_xlabel("update")
     for axis, label in zip(axes.reshape(3, -1)[:, 0], labels.values(), strict=True):
         axis.set_ylabel(label)
@@ -120,15 +119,15 @@ def main() -> None:
     critics.requires_grad_(False)
     all_obs, alpha = state["buffer"][:, : old_actor.velocity_net.from_obs.in_features], state["log_alpha"].exp()
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = list(itertools.product(args.flow_steps, args.weight_scales, args.drift_corrections))
+    settings = list(itertools.product(args.flow_steps, args.weight_scales, args.score_steps))
     rows = []
-    for k, scale, drift in settings:
+    for k, scale, score_step in settings:
         for name, seed in itertools.product(NAMES, range(args.seeds)):
             script = importlib.import_module(name)
-            point = dict(script=name, K=k, weight_scale=scale, drift_correction=drift, seed=seed)
-            for row in train(script, old_actor, critics, all_obs, alpha, k, scale, drift, seed, args):
+            point = dict(script=name, K=k, weight_scale=scale, score_step=score_step, seed=seed)
+            for row in train(script, old_actor, critics, all_obs, alpha, k, scale, score_step, seed, args):
                 rows.append({**point, **row})
-        print(f"K = {k}, weights x {scale:g}, drift correction {drift}: done", file=sys.stderr)
+        print(f"K = {k}, weights x {scale:g}, score {score_step}: done", file=sys.stderr)
         write(args.out / "frozen_critic.csv", rows)  # now and then: the whole takes a while
     draw(rows, args.out / "frozen_critic.png")
 

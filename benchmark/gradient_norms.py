@@ -19,8 +19,9 @@ import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import tyro
@@ -49,8 +50,8 @@ class Args:
     """action size at initialisation: Ant-v4's"""
     obs_std: float = 1.0
     """standard deviation of the observations at initialisation: 1 if they are normalised, up to 7 in Walker2d-v4"""
-    drift_correction: bool = True
-    """the rollouts at initialisation have the score term"""
+    score_step: Literal["exponential", "euler", "none"] = "exponential"
+    """how the rollouts at initialisation integrate the score"""
     runs: list[Path] = field(default_factory=list)
     """folders of runs of sac_flow_naive.py, sac_flow_g.py or sac_flow_t.py"""
 
@@ -74,7 +75,7 @@ def pyplot():
 
 
 def jacobians(actor, path, obs):
-    """I + dt dv/dA_i along a rollout: path (K+1, B, D), obs (B, obs_dim) -> (K, B, D, D)."""
+    """I + dt dv/dA_i along a rollout: path of K+1 (B, D), obs (B, obs_dim) -> (K, B, D, D)."""
     k, d = actor.flow_steps, actor.action_dim
     steps = []
     for i in range(k):
@@ -88,13 +89,12 @@ def jacobians(actor, path, obs):
 def measure(actor, obs, loss) -> list[dict]:
     """One row for every step i of a rollout from `obs`, means over the batch (geometric for singular values).
 
-    grad_norm |dL/dA_i|, L = loss(action, log_prob, path) per observation; sigma, the largest singular value of
-    I + dt dv/dA_i; product, that of the product from step i to K. At i = K there is no step: both are 1.
+    grad_norm |dL/dA_i|, `loss(noise)` the sum of the observations' L and the rollout's path; sigma, the largest
+    singular value of I + dt dv/dA_i; product, that of the product from step i to K. At i = K there is no step: both
+    are 1.
     """
-    noise = actor.noise(len(obs))
-    probe = torch.zeros_like(noise, requires_grad=True)
-    action, log_prob, path = actor.rollout(obs, noise, probe)
-    (gradient,) = torch.autograd.grad(loss(action, log_prob, path).sum(), probe)
+    total, path = loss(actor.noise(len(obs)).requires_grad_())
+    gradient = torch.autograd.grad(total, path)
     steps, product, rows = jacobians(actor, path, obs), torch.eye(actor.action_dim), []
     for i in range(actor.flow_steps, -1, -1):
         single = torch.eye(actor.action_dim)
@@ -106,6 +106,12 @@ def measure(actor, obs, loss) -> list[dict]:
     return rows[::-1]
 
 
+def projected(actor, obs, u, noise):
+    """For `measure`: L = u . A_K."""
+    path = actor.rollout(obs, noise)[2]
+    return (path[-1] @ u).sum(), path
+
+
 def at_initialisation(args: Args):
     """Rows of init.csv."""
     for name in NAMES:
@@ -115,13 +121,13 @@ def at_initialisation(args: Args):
                 for seed in range(args.seeds):
                     torch.manual_seed(seed)
                     bounds = [-1.0] * args.action_dim, [1.0] * args.action_dim
-                    actor = script.Actor(args.obs_dim, *bounds, flow_steps=k, drift_correction=args.drift_correction)
+                    actor = script.Actor(args.obs_dim, *bounds, flow_steps=k, score_step=args.score_step)
                     with torch.no_grad():
                         for weight in actor.velocity_net.parameters():
                             weight.mul_(scale if weight.ndim == 2 else 1)
                     u = torch.nn.functional.normalize(torch.randn(args.action_dim), dim=0)
                     obs = args.obs_std * torch.randn(64, args.obs_dim)
-                    for row in measure(actor, obs, lambda a, p, path, u=u: path[-1] @ u):
+                    for row in measure(actor, obs, partial(projected, actor, obs, u)):
                         yield dict(script=name, K=k, weight_scale=scale, seed=seed, **row)
 
 
@@ -152,16 +158,12 @@ def load(run: Path):
         fail(f"{run}: no checkpoint.pt in it; name the folder of a run that has saved one")
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     script = importlib.import_module(known["script"])
-    args = state["args"]
+    args = script.Args(**state["args"])
     obs_dim = state["actor"]["velocity_net.from_obs.weight"].shape[1]
     scale, bias = state["actor"]["scale"], state["actor"]["bias"]
-    renorm = script.BatchRenorm if args["crossq"] else lambda dim: torch.nn.Identity()
-    velocity = {flag[len("velocity_") :]: n for flag, n in args.items() if flag.startswith("velocity_")}
-    actor = script.Actor(
-        obs_dim, bias - scale, bias + scale, flow_steps=args["flow_steps"], drift_correction=args["drift_correction"],
-        sigma_dim=args["sigma_dim"], renorm=renorm, **velocity,
-    )  # fmt: skip
-    critics = torch.nn.ModuleList(script.Critic(obs_dim, len(scale), args["critic_dim"], renorm) for _ in range(2))
+    actor = script.make_actor(args, obs_dim, bias - scale, bias + scale)
+    sizes = obs_dim, len(scale), args.critic_dim, script.renorm_of(args)
+    critics = torch.nn.ModuleList(script.Critic(*sizes) for _ in range(2))
     actor.load_state_dict(state["actor"])
     critics.load_state_dict(state["critics"])
     return actor.eval(), critics.eval(), state
@@ -170,20 +172,25 @@ def load(run: Path):
 def at_checkpoint(run: Path):
     """Rows of checkpoints.csv: the actor's own loss, and Jacobians, on 256 observations of the run's buffer.
 
-    Once with and once without the drift correction, whose score term is a contraction of its own.
+    Once with and once without the score, which is a contraction of its own. As the actor's update does, it normalises
+    by the batch.
     """
     actor, critics, state = load(run)
+    actor.norm.train()
     torch.manual_seed(0)
     obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.velocity_net.from_obs.in_features]
     alpha = state["log_alpha"].exp()
+    script = importlib.import_module(described(run)["script"])
 
-    def loss(action, log_prob, path):
-        return alpha * log_prob - torch.stack([critic(obs, action) for critic in critics]).amin(0)
+    def loss(noise):
+        mean, _, path = script.actor_loss(actor, critics, obs, noise, alpha)
+        return len(obs) * mean, path
 
-    for actor.drift_correction in (True, False):
+    for score_step in (actor.score_step, "none"):
+        actor.score_step = score_step
         torch.manual_seed(0)
         for row in measure(actor, obs, loss):
-            yield dict(**described(run), step=state["step"], drift_correction=actor.drift_correction, **row)
+            yield dict(**described(run), step=state["step"], score_step=score_step, **row)
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -227,16 +234,17 @@ def panel(axis, curves: dict, fixed: tuple, title: str) -> None:
 
 def grid(plt, rows: list[dict], path: Path) -> None:
     """A column for each environment and K. Training: growth over the rollout against the training step, and at the last
-    norms against the rollout's step. Checkpoints: the latter with and without drift correction."""
+    norms against the rollout's step. Checkpoints: the latter with the score and without."""
     columns = sorted({(row["env_id"], row["K"]) for row in rows})
     figure, axes = plt.subplots(2, len(columns), figsize=(3 * len(columns), 6), sharey="row", squeeze=False)
     for column, (env_id, k) in zip(axes.T, columns, strict=True):
         chosen = [row for row in rows if (row["env_id"], row["K"]) == (env_id, k)]
         column[0].set_title(f"{env_id}, K = {k}")
-        if "drift_correction" in rows[0]:
-            for axis, drift in zip(column, (True, False), strict=True):
-                curves = growth_by_step([r for r in chosen if r["drift_correction"] == drift], ["script"], "grad_norm")
-                panel(axis, curves, (), f"{env_id}, K = {k}" + ("" if drift else "\nno drift correction"))
+        if "score_step" in rows[0]:
+            for axis, score in zip(column, (True, False), strict=True):
+                same = [row for row in chosen if (row["score_step"] != "none") == score]
+                curves = growth_by_step(same, ["script"], "grad_norm")
+                panel(axis, curves, (), f"{env_id}, K = {k}" + ("" if score else "\nwithout the score"))
             continue
         final = {(r["script"], r["seed"]): r["step"] for r in chosen}
         last = [r for r in chosen if r["step"] == final[r["script"], r["seed"]]]
@@ -250,7 +258,7 @@ def grid(plt, rows: list[dict], path: Path) -> None:
         column[0].axhline(1, color="black", lw=0.5)
         column[0].set(yscale="log", xlabel="training step")
     for axis in axes[:, 0]:
-        axis.set_ylabel("|dL/dA_i| / |dL/dA_K|" if axis is axes[1, 0] or "drift_correction" in rows[0] else "i = 0")
+        axis.set_ylabel("|dL/dA_i| / |dL/dA_K|" if axis is axes[1, 0] or "score_step" in rows[0] else "i = 0")
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=100)

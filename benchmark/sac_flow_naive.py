@@ -354,12 +354,12 @@ class Actor(nn.Module):
         log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
         return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
 
-    def largest_entropy(self) -> float:
-        """What the path's entropy cannot exceed: every sigma at its largest, e^2, and nothing squashed."""
+    def largest_entropy(self, sigma: float = math.exp(2)) -> float:
+        """Entropy of paths with that sigma everywhere, were nothing squashed: in nats, of all dimensions and steps."""
         one = torch.ones_like(self.scale)
-        log_deviations = [self.step(i, one, one, math.exp(2) * one)[1].log() for i in range(self.flow_steps)]
+        log_deviations = [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
         normal = 0.5 * math.log(2 * math.pi * math.e)
-        return float((self.scale.log() + (self.flow_steps + 1) * normal + sum(log_deviations)).sum())
+        return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
 
     def noise(self, batch: int):
         """What a rollout of `batch` observations starts from: (K+1, B, D) of unit Gaussians."""
@@ -437,16 +437,16 @@ def descend(optimizer, gradients) -> None:
 def gradient_norms(actor, critics, obs, noise, alpha):
     """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible.
 
-    As the actor's update sees it, normalised by the batch; the running statistics stay as they are.
+    As the actor's update sees it, normalised by the batch; running statistics and modes stay as they are.
     """
-    statistics = copy.deepcopy(actor.norm.state_dict())
+    modes, statistics = (actor.norm.training, critics.training), copy.deepcopy(actor.norm.state_dict())
     actor.norm.train()
     critics.eval()
     loss, _, path = actor_loss(actor, critics, obs, noise.requires_grad_(), alpha)
     gradients = torch.stack(torch.autograd.grad(len(obs) * loss, path))  # (K+1, B, D), the mean of the loss undone
     actor.norm.load_state_dict(statistics)
-    actor.norm.eval()
-    critics.train()
+    actor.norm.train(modes[0])
+    critics.train(modes[1])
     return gradients.norm(dim=2).mean(1)  # (K+1,)
 
 

@@ -353,16 +353,16 @@ def descend(optimizer, gradients) -> None:
 def gradient_norms(actor, critics, obs, noise, alpha):
     """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible.
 
-    As the actor's update sees it, normalised by the batch; the running statistics stay as they are.
+    As the actor's update sees it, normalised by the batch; running statistics and modes stay as they are.
     """
-    statistics = copy.deepcopy(actor.norm.state_dict())
+    modes, statistics = (actor.norm.training, critics.training), copy.deepcopy(actor.norm.state_dict())
     actor.norm.train()
     critics.eval()
     loss, _, path = actor_loss(actor, critics, obs, noise.requires_grad_(), alpha)
     gradients = torch.stack(torch.autograd.grad(len(obs) * loss, path))  # (K+1, B, D), the mean of the loss undone
     actor.norm.load_state_dict(statistics)
-    actor.norm.eval()
-    critics.train()
+    actor.norm.train(modes[0])
+    critics.train(modes[1])
     return gradients.norm(dim=2).mean(1)  # (K+1,)
 
 

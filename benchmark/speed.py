@@ -123,6 +123,7 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
     """Train with the script `job` names, its functions clocked, until the clock has seen enough."""
     sys.path[:0] = [job["root"], str(Path(job["root"]) / "benchmark")]
     script = importlib.reload(importlib.import_module(job["script"]))
+    flags = [*flags, "--eval-every", "0"] if hasattr(script.Args, "eval_every") else flags  # older versions have none
     make_env, find_compiler = script.make_env, script.find_compiler
     kind = "gradients" if hasattr(script, "critic_gradients") else "loss"  # older versions: the forward pass alone
     losses = {f"{part}_{kind}": part for part in ("critic", "actor")}

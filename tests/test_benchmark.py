@@ -4,6 +4,7 @@ import csv
 import importlib
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ def test_gradient_norms_are_the_product_of_jacobians(name):
     import gradient_norms
 
     script = importlib.import_module(name)
-    actor = script.Actor(3, [-1.0], [1.0], flow_steps=5, drift_correction=False)
+    actor = script.Actor(3, [-1.0], [1.0], flow_steps=5, score_step="none")
     for parameter in actor.parameters():
         nn.init.normal_(parameter, std=0.5)
-    rows = gradient_norms.measure(actor, torch.randn(1, 3), lambda action, log_prob, path: 2 * path[-1].sum(1))
+    obs = torch.randn(1, 3)
+    rows = gradient_norms.measure(actor, obs, partial(gradient_norms.projected, actor, obs, torch.tensor([2.0])))
     assert [row["i"] for row in rows] == list(range(6)) and rows[5] == dict(i=5, grad_norm=2, sigma=1, product=1)
     for row, following in zip(rows, rows[1:], strict=False):
         assert row["grad_norm"] == pytest.approx(2 * row["product"], rel=1e-4)

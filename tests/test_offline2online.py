@@ -99,7 +99,7 @@ def test_log_prob_is_the_density_of_the_map_from_noise_to_path(velocity, learn_s
 
         def path_and_action(flat, actor=actor, obs=obs, k=k):
             action, _, path = actor.rollout(obs, flat.view(k + 1, 1, 4))
-            return torch.cat([path[:-1].flatten(), action.flatten()])
+            return torch.cat([*path[:-1], action]).flatten()
 
         log_det = torch.linalg.slogdet(jacobian(path_and_action, noise.flatten())).logabsdet
         expected = torch.distributions.Normal(0, 1).log_prob(noise).sum() - log_det
@@ -107,16 +107,20 @@ def test_log_prob_is_the_density_of_the_map_from_noise_to_path(velocity, learn_s
 
 
 def test_target_entropy_is_what_sigma_gives_before_the_squash():
-    actor = make_actor(sigma=0.1)
+    actor, euler = make_actor(sigma=0.1), make_actor(sigma=0.1, score_step="euler")
     per_dimension = 1.4189 + 4 * (1.4189 + math.log(0.1) + 0.5 * math.log(1 / 4))  # section 4, item 8 of the paper
     assert per_dimension == pytest.approx(-4.89, abs=0.01)
-    assert actor.target_entropy == pytest.approx(4 * per_dimension, abs=1e-2)
+    scale = 2 * actor.scale[:2].log().sum().item()  # of a chunk's two actions
+    assert euler.target_entropy == pytest.approx(4 * per_dimension + scale, abs=1e-2)
+    # The exponential step's noise falls with sqrt(1 - t), t = 0, 1/4, 1/2, 3/4.
+    schedule = 0.5 * math.log(1 * 3 / 4 * 2 / 4 * 1 / 4)
+    assert actor.target_entropy == pytest.approx(4 * (per_dimension + schedule) + scale, abs=1e-2)
     noise = torch.randn(5, 40_000, 4).double()
     _, log_prob, path = actor.rollout(torch.zeros(40_000, 3).double(), noise)
-    squash = (actor.scale.log() + torch.log1p(-(torch.tanh(path[-1]) ** 2))).sum(1)
+    squash = torch.log1p(-(torch.tanh(path[-1]) ** 2)).sum(1)
     assert (-log_prob - squash).mean().item() == pytest.approx(actor.target_entropy, abs=0.1)
     start = script.Actor(3, [-1.0], [1.0], sigma=0.1, learn_sigma=True)
-    torch.testing.assert_close(start.log_std(torch.randn(6, 3)).exp(), torch.full((6, 5), 0.1))
+    torch.testing.assert_close(start.sigma(torch.randn(6, 3)), torch.full((6, 5), 0.1))
 
 
 def test_unsquash_is_where_the_rollout_ends():
@@ -196,7 +200,7 @@ def test_critic_loss_uses_the_mean_of_the_targets_on_valid_chunks_alone():
 def test_actor_loss_weighs_bc_where_the_data_is_its_own():
     critics, obs = nn.ModuleList([Table(1.0), Table(3.0)]), torch.tensor([[1.0], [2.0]])
     batch = [obs, torch.tensor([[0.0], [5.0]]), torch.tensor([[1.0], [0.0]])]
-    loss, bc, log_prob = script.actor_loss(FixedPolicy(), critics, batch, None, 0.1, torch.tensor(7.0))
+    loss, bc, log_prob, _ = script.actor_loss(FixedPolicy(), critics, batch, None, 0.1, torch.tensor(7.0))
     q = 2 * (obs + obs).mean()  # the mean of both critics
     torch.testing.assert_close(bc, torch.tensor(0.5))  # (1 - 0)^2 over a batch of two; the other is beyond its episode
     torch.testing.assert_close(loss, 0.1 * 15 - q + 7 * 0.5)
@@ -227,11 +231,12 @@ def test_what_the_scripts_share_is_the_same_text():
         body = re.search(rf"^(?:def|class) {start}\b.*?(?=\n\n\n)", text, re.S | re.M)[0]
         return body.replace("DecodedVelocity", "Velocity")
 
-    shared = "fail TimeEmbedding alpha_loss critic_gradients descend load_checkpoint save_checkpoint random_states "
-    shared += "set_random_states check_video to_obs to_action find_compiler matmul_precision CudaGraph"
+    shared = "fail TimeEmbedding alpha_loss critic_gradients descend load write random_states seed_random "
+    shared += "set_random_states fork_random check_video to_obs to_action find_compiler matmul_precision CudaGraph"
     for name in shared.split():
         assert part(text, name) == part(g, name), name
     assert part(text, "DecoderLayer") == part(t, "DecoderLayer")
     assert part(text, "DecodedVelocity") == part(t, "Velocity")
-    loop = r"        std, dt = .*?(?=\n\n    def )"  # of Actor.rollout
-    assert re.search(loop, text, re.S)[0] == re.search(loop, g, re.S)[0]
+    for start in (r"    def step\(", r"        path = \[noise", r"    def largest_entropy\("):
+        method = start + r".*?(?=\n\n    def )"
+        assert re.search(method, text, re.S)[0] == re.search(method, g, re.S)[0]

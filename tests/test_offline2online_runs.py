@@ -298,15 +298,15 @@ def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
     write_ogbench(tmp_path / "shards" / "cube-0-val.npz")
     flags = ["--env-id", CUBE, "--dataset", "shards", "--rotate-every", 10, "--eval-episodes", 1, *SMALL]
     flags += ["--offline-steps", 25, "--online-steps", 0, "--save-every", 15]
-    saved, save_checkpoint = {}, script.save_checkpoint
+    saved, write = {}, script.write
 
-    def save(folder, state):
-        save_checkpoint(folder, state)
+    def save(path, state):
+        write(path, state)
         saved[state["step"]] = len(state["buffer"])
-        shutil.copytree(folder, tmp_path / f"at-{state['step']}", dirs_exist_ok=True)
+        shutil.copytree(path.parent, tmp_path / f"at-{state['step']}", dirs_exist_ok=True)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "save_checkpoint", save)
+    monkeypatch.setattr(script, "write", save)
     monkeypatch.setattr("sys.argv", ["x", *map(str, flags)])
     script.main()
     assert saved == {15: 80, 25: 60}
@@ -368,7 +368,7 @@ def test_lift(monkeypatch, tmp_path, capsys):
     whole = the_run(tmp_path).rename(tmp_path / "whole")
     assert checkpoint(whole)["buffer_added"] == 100 + 110
     assert table(whole, "returns.csv")[1][1:4] == ["-100.0", "100", "0.0"]
-    assert table(whole, "eval.csv")[1][:3] == ["50", "offline", "0"]
+    assert table(whole, "eval.csv")[1][:4] == ["50", "offline", "stochastic", "0"]
     main(*flags, "--online-steps", 63)  # in mid-chunk of the first episode
     run = the_run(tmp_path)
     main("--resume", run, "--online-steps", 110)
@@ -486,7 +486,7 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse([*data, "--collect", 5], "--collect", "--dataset")
     refuse(["--env-id", CUBE.replace("task1", "task9"), "--collect", 5], "task9")
     refuse([*data, "--capture-video"], "--capture-video", "--evaluate")
-    refuse(["--evaluate", tmp_path / "nothing"], "no checkpoint", "nothing")
+    refuse(["--evaluate", tmp_path / "nothing"], "there is no", "nothing")
     assert not (tmp_path / "runs").exists()
     run(*SHORT, "--offline-steps", 5, "--online-steps", 0)
     folder = the_run(tmp_path)
