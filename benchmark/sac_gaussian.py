@@ -109,7 +109,7 @@ class Args:
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
     actor_average: float = 0.995
-    """decay, per update of the actor, of its averaged weights, which act and are evaluated; 0 is the last weights"""
+    """decay, per update of the actor, of the averaged weights that are evaluated and saved as policy.pt; 0: the last"""
     autotune: bool = True
     """learn alpha such that the entropy of the path meets --target-entropy"""
     alpha: float = 0.02
@@ -650,7 +650,7 @@ def main() -> None:
         env.close()
         return
 
-    # The actor that acts and is evaluated: a moving average of the weights, with the statistics of the one that learns.
+    # The actor that is evaluated: a moving average of the weights, with the running statistics of the one that learns.
     average = copy.deepcopy(actor).requires_grad_(False)
     for name, statistic in actor.norm.named_buffers():
         setattr(average.norm, name, statistic)
@@ -670,6 +670,8 @@ def main() -> None:
         **({"targets": targets} if targets else {}),
     }  # fmt: skip
     losses = torch.zeros(len(LOSSES), device=device)
+    policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
+    policy_noise = torch.zeros_like(actor.noise(1))
     step, updates, seconds, saved_step, best = 0, 0, 0.0, 0, -math.inf
     lengths = {"returns.csv": 0, "eval.csv": 0}
     if checkpoint:
@@ -732,15 +734,19 @@ def main() -> None:
             obs = to_obs(env.reset()[0])
 
     jit = find_compiler(device) if args.compile else lambda function: function
-    policy = jit(lambda obs, noise: average.rollout(obs, noise)[0])
+    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+    averaged_policy = jit(lambda obs, noise: average.rollout(obs, noise)[0])
     fast_critic_gradients, fast_actor_gradients = jit(critic_gradients), jit(actor_gradients)
-    policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
-    policy_noise = torch.zeros_like(actor.noise(1))
 
-    # The three parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
+    # What runs on the device: actions, to train and to evaluate, and the updates. Nothing is taken or returned, so that
+    # each can be a CUDA graph.
     def act() -> None:
         with torch.no_grad():
             policy_action.copy_(policy(policy_obs, policy_noise)[0])
+
+    def act_averaged() -> None:
+        with torch.no_grad():
+            policy_action.copy_(averaged_policy(policy_obs, policy_noise)[0])
 
     def update_critic() -> None:
         batch, noise, alpha = buffer.sample(args.batch_size), actor.noise(args.batch_size), log_alpha.detach().exp()
@@ -767,12 +773,13 @@ def main() -> None:
         losses[2:] = torch.stack([loss, loss_alpha.detach(), alpha, -log_prob])
 
     if args.compile and args.cuda:
-        act, update_critic, update_actor = CudaGraph(act), CudaGraph(update_critic), CudaGraph(update_actor)
+        act, act_averaged = CudaGraph(act), CudaGraph(act_averaged)
+        update_critic, update_actor = CudaGraph(update_critic), CudaGraph(update_actor)
 
     history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
 
-    def choose(obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
-        """The averaged actor's action (D,) for obs (obs_dim,)."""
+    def choose(obs: np.ndarray, act=act, deterministic: bool = False) -> np.ndarray:
+        """An action (D,) for obs (obs_dim,)."""
         policy_obs.copy_(torch.from_numpy(obs))
         policy_noise.zero_() if deterministic else policy_noise.normal_()
         act()
@@ -790,7 +797,7 @@ def main() -> None:
         nonlocal best, start
         began = time.time()
         with fork_random(args.seed, device):
-            act_so = partial(choose, deterministic=kind == "deterministic")
+            act_so = partial(choose, act=act_averaged, deterministic=kind == "deterministic")
             scores = evaluate(act_so, eval_env, args.eval_episodes, args.seed)
         for name, value in scores.items():
             writer.add_scalar(f"eval/{name}" if kind == "deterministic" else f"eval/{kind}_{name}", value, step)

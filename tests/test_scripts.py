@@ -1,6 +1,7 @@
 """The scripts as a user runs them: what a run leaves, resume, evaluation, bad input, learning."""
 
 import csv
+import importlib
 import json
 import os
 import resource
@@ -103,6 +104,17 @@ def test_what_a_run_leaves(run, tmp_path, name):
     assert logged == [(int(row["step"]), pytest.approx(float(row["return"]))) for row in evaluations[:3]]
     best = max(evaluations[:3], key=lambda row: float(row["return"]))
     assert torch.load(folder / "policy_best.pt")["step"] == int(best["step"])
+
+    script = importlib.import_module(name)  # what was compiled for the evaluation is the averaged actor, not the other
+    actor, env = script.load_policy(folder / "policy.pt"), script.make_env("InvertedPendulum-v4")
+
+    def evaluate():
+        act = lambda obs: actor.act(torch.from_numpy(obs)[None], deterministic=True)[0].detach().numpy()  # noqa: E731
+        return script.evaluate(act, env, 5, seed=7)["return"]
+
+    assert evaluate() == float(evaluations[2]["return"])
+    actor.load_state_dict(checkpoint(folder)["actor"])
+    assert evaluate() != float(evaluations[2]["return"])
 
 
 def test_same_seed_same_run_other_seed_other_run(run, tmp_path):
