@@ -488,15 +488,15 @@ class Actor(nn.Module):
         """
         return torch.atanh(((action - self.bias) / self.scale).clamp(-0.995, 0.995))
 
-    def noise(self, batch: int):
-        """What a rollout of `batch` observations starts from: (K+1, B, D) of unit Gaussians."""
+    def noise(self, batch: int, deterministic: bool = False):
+        """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
+        draw = torch.zeros if deterministic else torch.randn
         shape = self.flow_steps + 1, batch, self.action_dim
-        return torch.randn(shape, device=self.scale.device, dtype=self.scale.dtype)
+        return draw(shape, device=self.scale.device, dtype=self.scale.dtype)
 
     def act(self, obs, deterministic: bool = False):
-        """Chunks of actions (B, D) for obs (B, obs_dim); deterministic: from A_0 = 0 without noise."""
-        noise = self.noise(len(obs))
-        return self.rollout(obs, torch.zeros_like(noise) if deterministic else noise)[0]
+        """Chunks of actions (B, D) for obs (B, obs_dim); deterministic: the mode of the path, with all noise 0."""
+        return self.rollout(obs, self.noise(len(obs), deterministic))[0]
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, discount):

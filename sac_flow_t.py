@@ -391,15 +391,15 @@ class Actor(nn.Module):
         normal = 0.5 * math.log(2 * math.pi * math.e)
         return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
 
-    def noise(self, batch: int):
-        """What a rollout of `batch` observations starts from: (K+1, B, D) of unit Gaussians."""
+    def noise(self, batch: int, deterministic: bool = False):
+        """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
+        draw = torch.zeros if deterministic else torch.randn
         shape = self.flow_steps + 1, batch, self.action_dim
-        return torch.randn(shape, device=self.scale.device, dtype=self.scale.dtype)
+        return draw(shape, device=self.scale.device, dtype=self.scale.dtype)
 
     def act(self, obs, deterministic: bool = False):
-        """Actions (B, D) for obs (B, obs_dim); deterministic: from A_0 = 0 without noise, the mode of the path."""
-        noise = self.noise(len(obs))
-        return self.rollout(obs, torch.zeros_like(noise) if deterministic else noise)[0]
+        """Actions (B, D) for obs (B, obs_dim); deterministic: the mode of the path, with all noise 0."""
+        return self.rollout(obs, self.noise(len(obs), deterministic))[0]
 
 
 def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
@@ -785,7 +785,7 @@ def main() -> None:
     }  # fmt: skip
     losses = torch.zeros(len(LOSSES), device=device)
     policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
-    policy_noise = torch.zeros_like(actor.noise(1))
+    policy_noise = actor.noise(1, deterministic=True)
     step, updates, seconds, saved_step, best = 0, 0, 0.0, 0, -math.inf
     lengths = {"returns.csv": 0, "eval.csv": 0}
     if checkpoint:
@@ -895,7 +895,7 @@ def main() -> None:
     def choose(obs: np.ndarray, act=act, deterministic: bool = False) -> np.ndarray:
         """An action (D,) for obs (obs_dim,)."""
         policy_obs.copy_(torch.from_numpy(obs))
-        policy_noise.zero_() if deterministic else policy_noise.normal_()
+        policy_noise.copy_(actor.noise(1, deterministic))
         act()
         return policy_action.cpu().numpy().copy()
 

@@ -282,14 +282,14 @@ class Actor(nn.Module):
         """What the entropy cannot exceed: that of the uniform distribution."""
         return float((2 * self.scale).log().sum())
 
-    def noise(self, batch: int):
-        """What a sample of `batch` actions starts from: (1, B, D) of unit Gaussians."""
-        return torch.randn((1, batch, self.action_dim), device=self.scale.device, dtype=self.scale.dtype)
+    def noise(self, batch: int, deterministic: bool = False):
+        """What a sample of `batch` actions takes: (1, B, D) of unit Gaussians, or zeros for the mean."""
+        draw = torch.zeros if deterministic else torch.randn
+        return draw((1, batch, self.action_dim), device=self.scale.device, dtype=self.scale.dtype)
 
     def act(self, obs, deterministic: bool = False):
         """Actions (B, D) for obs (B, obs_dim); deterministic: tanh of the mean."""
-        noise = self.noise(len(obs))
-        return self.rollout(obs, torch.zeros_like(noise) if deterministic else noise)[0]
+        return self.rollout(obs, self.noise(len(obs), deterministic))[0]
 
 
 def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
@@ -671,7 +671,7 @@ def main() -> None:
     }  # fmt: skip
     losses = torch.zeros(len(LOSSES), device=device)
     policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
-    policy_noise = torch.zeros_like(actor.noise(1))
+    policy_noise = actor.noise(1, deterministic=True)
     step, updates, seconds, saved_step, best = 0, 0, 0.0, 0, -math.inf
     lengths = {"returns.csv": 0, "eval.csv": 0}
     if checkpoint:
@@ -781,7 +781,7 @@ def main() -> None:
     def choose(obs: np.ndarray, act=act, deterministic: bool = False) -> np.ndarray:
         """An action (D,) for obs (obs_dim,)."""
         policy_obs.copy_(torch.from_numpy(obs))
-        policy_noise.zero_() if deterministic else policy_noise.normal_()
+        policy_noise.copy_(actor.noise(1, deterministic))
         act()
         return policy_action.cpu().numpy().copy()
 
