@@ -373,13 +373,14 @@ class Actor(nn.Module):
         obs = self.norm(obs)
         memory = self.velocity_net.encode(obs)
         sigma = torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))  # (B, D) in [e^-5, e^2], shared by the K steps
-        path = [noise[0]]
-        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0)  # (B, D): of the noise, which is Gaussian
+        path, log_deviations = [noise[0]], 0.0
         for i in range(self.flow_steps):
             v = self.velocity_net(i / self.flow_steps, path[i], memory)
             mean, deviation = self.step(i, path[i], v, sigma)
             path.append(mean + deviation * noise[i + 1])
-            log_prob = log_prob - deviation.log()
+            log_deviations = log_deviations + deviation.log()
+        # A_{i+1} given A_i is Gaussian with that deviation, and eps_i is its standardised value.
+        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - log_deviations
         # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
         log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
         return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path

@@ -237,6 +237,6 @@ def test_what_the_scripts_share_is_the_same_text():
         assert part(text, name) == part(g, name), name
     assert part(text, "DecoderLayer") == part(t, "DecoderLayer")
     assert part(text, "DecodedVelocity") == part(t, "Velocity")
-    for start in (r"    def step\(", r"        path = \[noise", r"    def largest_entropy\("):
+    for start in (r"    def step\(", r"        path, log_deviations", r"    def largest_entropy\("):
         method = start + r".*?(?=\n\n    def )"
         assert re.search(method, text, re.S)[0] == re.search(method, g, re.S)[0]
