@@ -320,8 +320,9 @@ class Actor(nn.Module):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
 
         Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
-        without noise. Euler's, the paper's, overshoots where sigma is large. The exponential one holds v fixed and
-        solves the rest exactly, with noise sigma sqrt(1 - t): the score's factor rho is in (0, 1) whatever sigma and K.
+        without noise. Euler's, the paper's, overshoots where sigma is large. The exponential one has noise of scale
+        sigma sqrt(1 - t), holds v and 1 - t fixed within the step and solves the rest exactly: the score's factor rho
+        is in (0, 1) whatever sigma and K (the README's argument, step 8).
         """
         dt = 1 / self.flow_steps
         t = i * dt
@@ -472,11 +473,11 @@ def load(path: Path) -> dict:
 
 
 def load_policy(path: str) -> Actor:
-    """The actor of a policy.pt, ready to act: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
+    """The actor of a policy.pt, frozen: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
     state = load(Path(path))
     actor = make_actor(Args(**state["args"]), state["obs_dim"], state["action_low"], state["action_high"])
     actor.load_state_dict(state["actor"])
-    return actor.eval()
+    return actor.eval().requires_grad_(False)
 
 
 def write(path: Path, state: dict) -> None:

@@ -387,11 +387,11 @@ def load(path: Path) -> dict:
 
 
 def load_policy(path: str) -> Actor:
-    """The actor of a policy.pt, ready to act: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
+    """The actor of a policy.pt, frozen: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
     state = load(Path(path))
     actor = make_actor(Args(**state["args"]), state["obs_dim"], state["action_low"], state["action_high"])
     actor.load_state_dict(state["actor"])
-    return actor.eval()
+    return actor.eval().requires_grad_(False)
 
 
 def write(path: Path, state: dict) -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, the_run
 
 G, T, NAIVE = ROOT / "sac_flow_g.py", ROOT / "sac_flow_t.py", ROOT / "benchmark" / "sac_flow_naive.py"
 GAUSSIAN, OFFLINE = ROOT / "benchmark" / "sac_gaussian.py", ROOT / "sac_flow_offline2online.py"
@@ -92,6 +92,22 @@ def test_readme_example_works_when_pasted(monkeypatch):
     names = {}
     exec(code, names)
     assert isinstance(names["loss"], torch.Tensor) and names["actor"].velocity_net.from_obs.weight.grad is not None
+
+
+def test_readme_loads_a_policy(monkeypatch, tmp_path):
+    """The lines that load one, run as they stand but for the run's name."""
+    import sac_flow_g as script
+
+    flags = "--total-timesteps 40 --random-steps 20 --eval-every 0".split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["script", *flags, *SMALL])
+    script.main()
+    readme = (ROOT / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "load_policy" in block]
+    assert len(code.strip().splitlines()) == 3
+    names = {"torch": torch}
+    exec(code.replace("runs/<name>", str(the_run(tmp_path))), names)
+    assert names["action"].shape == (3,) and abs(names["action"]).max() <= 1
 
 
 def test_readme_flags_exist():

@@ -109,7 +109,7 @@ def test_what_a_run_leaves(run, tmp_path, name):
     actor, env = script.load_policy(folder / "policy.pt"), script.make_env("InvertedPendulum-v4")
 
     def evaluate():
-        act = lambda obs: actor.act(torch.from_numpy(obs)[None], deterministic=True)[0].detach().numpy()  # noqa: E731
+        act = lambda obs: actor.act(torch.from_numpy(obs)[None], deterministic=True)[0].numpy()  # noqa: E731
         return script.evaluate(act, env, 5, seed=7)["return"]
 
     assert evaluate() == float(evaluations[2]["return"])
