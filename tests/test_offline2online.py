@@ -207,6 +207,19 @@ def test_actor_loss_weighs_bc_where_the_data_is_its_own():
     assert log_prob == 15
 
 
+def test_gradient_norms_are_those_of_the_trained_loss():
+    """Of each observation's own loss, its BC term included."""
+    actor, critics = make_actor(sigma=0.3), nn.ModuleList(script.Critic(3, 4, 8, 1).double() for _ in range(2))
+    obs, data_action, noise = torch.randn(6, 3).double(), torch.rand(6, 4).double(), torch.randn(5, 6, 4).double()
+    batch = [obs, data_action, torch.ones(6, 4).double()]
+    norms = script.gradient_norms(actor, critics, batch, noise.clone(), 0.1, 7.0)
+    action, log_prob, path = actor.rollout(obs, noise.requires_grad_())
+    q = (critics[0](obs, action) + critics[1](obs, action)) / 2
+    own = 0.1 * log_prob - q + 7 * (action - data_action).square().mean(1)
+    expected = [gradient.norm(dim=1).mean() for gradient in torch.autograd.grad(own.sum(), path)]
+    torch.testing.assert_close(norms, torch.stack(expected))
+
+
 def test_flow_matching_loss_is_that_of_the_paper():
     actor, action, own = make_actor(), torch.rand(6, 4).double(), (torch.rand(6, 4) < 0.5).double()
     obs, noise, t = torch.randn(6, 3).double(), torch.randn(6, 4).double(), torch.rand(6, 1).double()
