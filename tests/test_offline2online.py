@@ -90,11 +90,12 @@ def test_chunks_stay_within_their_episode_in_a_ring():
 # --- the policy: as in test_flow.py, over chunks ---
 
 
+@pytest.mark.parametrize("score_step", ["exponential", "euler", "none"])
 @pytest.mark.parametrize("learn_sigma", [False, True])
 @pytest.mark.parametrize("velocity", VELOCITIES)
-def test_log_prob_is_the_density_of_the_map_from_noise_to_path(velocity, learn_sigma):
+def test_log_prob_is_the_density_of_the_map_from_noise_to_path(velocity, learn_sigma, score_step):
     for k in (1, 3):
-        actor = make_actor(velocity, k, sigma=0.3, learn_sigma=learn_sigma)
+        actor = make_actor(velocity, k, sigma=0.3, learn_sigma=learn_sigma, score_step=score_step)
         obs, noise = torch.randn(1, 3).double(), 0.3 * torch.randn(k + 1, 1, 4).double()
 
         def path_and_action(flat, actor=actor, obs=obs, k=k):
