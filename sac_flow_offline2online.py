@@ -47,7 +47,7 @@ import warnings
 import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Literal, NoReturn, Optional
 
@@ -190,10 +190,318 @@ class Args:
     """decoder layers"""
 
 
-def fail(message: str) -> NoReturn:
-    """Stop with one line on standard error and exit code 2."""
-    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
-    raise SystemExit(2)
+def mlp(inputs: int, dim: int, layers: int, outputs: int, norm=nn.Identity, activation=nn.SiLU) -> list[nn.Module]:
+    """`layers` hidden layers, each Linear, norm, activation, and a Linear."""
+    sizes = [inputs] + layers * [dim]
+    hidden = [[nn.Linear(n, m), norm(m), activation()] for n, m in zip(sizes, sizes[1:], strict=False)]
+    return [*sum(hidden, []), nn.Linear(sizes[-1], outputs)]
+
+
+class TimeEmbedding(nn.Module):
+    """Linear map of sines and cosines of the flow time t in [0, 1] (float or (B, 1)) to (dim,) or (B, dim)."""
+
+    def __init__(self, dim: int, frequencies: int = 16):
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, 2, frequencies), persistent=False)  # 1 to 100 rad
+        self.linear = nn.Linear(2 * frequencies, dim, bias=False)
+
+    def forward(self, t):
+        phase = t * self.frequencies
+        return self.linear(torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1))
+
+
+class GatedVelocity(nn.Module):
+    """Flow-G: v = g * (vhat - a), gate g = sigmoid(z(t, a, s)), candidate vhat(t, a, s).
+
+    An Euler step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. The gate, an MLP with
+    one hidden layer, starts at sigmoid(5) = 0.993 everywhere: the rollout starts contractive.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 128, layers: int = 3, gate_dim: int = 64):
+        super().__init__()
+        # The first layers of candidate and gate side by side, and split by input: the observation's part is the
+        # same at all K steps, so `encode` computes it once per rollout.
+        self.split = dim, gate_dim
+        self.from_obs = nn.Linear(obs_dim, dim + gate_dim)
+        self.from_action = nn.Linear(action_dim, dim + gate_dim, bias=False)
+        self.from_time = TimeEmbedding(dim + gate_dim)
+        self.candidate = nn.Sequential(*mlp(dim, dim, layers - 1, action_dim))
+        self.gate = nn.Linear(gate_dim, action_dim)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, 5.0)
+
+    def encode(self, obs):
+        """What the K steps share: (B, obs_dim) -> (B, dim + gate_dim)."""
+        return self.from_obs(obs)
+
+    def forward(self, t, a, features):
+        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
+        hidden = F.silu(features + self.from_action(a) + self.from_time(t))
+        for_candidate, for_gate = hidden.split(self.split, dim=-1)
+        return torch.sigmoid(self.gate(for_gate)) * (self.candidate(for_candidate) - a)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm decoder layer: y = phi + Cross(LN(phi), LN(memory)),  phi' = y + FFN(LN(y)), of one token each.
+
+    Over one memory token the attention's softmax is 1, whatever queries, keys and heads are: Cross is the linear
+    read-out W_out W_value LN(memory), the same at all K steps, and is all that is built of it here. Self-attention,
+    masked to the diagonal so that a step stays Markov in the action, would be linear too: the FFN does that work.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm_memory, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+
+    def encode(self, memory):
+        """Cross(LN(phi), LN(memory)) for any phi: (B, dim) -> (B, dim)."""
+        return self.out(self.value(self.norm_memory(memory)))
+
+    def forward(self, phi, cross):
+        """One layer over the action token phi (B, dim)."""
+        y = phi + cross
+        return y + self.ffn(self.norm_ffn(y))
+
+
+class DecodedVelocity(nn.Module):
+    """Flow-T: v = W_o LN(Phi_L), Phi_L from decoder layers that read the observation.
+
+    Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 64, layers: int = 2):
+        super().__init__()
+        self.from_obs = nn.Linear(obs_dim, dim)
+        self.from_action = nn.Linear(action_dim, dim)
+        self.from_time = TimeEmbedding(dim)
+        self.layers = nn.ModuleList(DecoderLayer(dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, action_dim)
+
+    def encode(self, obs):
+        """What the K steps share: (B, obs_dim) -> what each layer reads out of the observation token, (B, dim) each."""
+        memory = self.from_obs(obs)
+        return [layer.encode(memory) for layer in self.layers]
+
+    def forward(self, t, a, features):
+        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
+        phi = self.from_action(a) + self.from_time(t)
+        for layer, cross in zip(self.layers, features, strict=True):
+            phi = layer(phi, cross)
+        return self.out(self.norm(phi))
+
+
+class PlainVelocity(nn.Module):
+    """The control: v is an MLP of t, a and s, and nothing bounds its Jacobian."""
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 128, layers: int = 3):
+        super().__init__()
+        self.from_obs = nn.Linear(obs_dim, dim)
+        self.from_action = nn.Linear(action_dim, dim, bias=False)
+        self.from_time = TimeEmbedding(dim)
+        self.net = nn.Sequential(nn.SiLU(), *mlp(dim, dim, layers - 1, action_dim))
+
+    def encode(self, obs):
+        """What the K steps share: (B, obs_dim) -> (B, dim)."""
+        return self.from_obs(obs)
+
+    def forward(self, t, a, features):
+        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
+        return self.net(features + self.from_action(a) + self.from_time(t))
+
+
+class Actor(nn.Module):
+    """Flow policy over chunks of h actions: K noisy Euler steps of a velocity network, then tanh to the action bounds.
+
+    Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
+    bounds, `velocity` a factory (obs_dim, h D) -> module. Below, and in the README, D stands for h D.
+    `sigma` is fixed, or with `learn_sigma` the one near which a learned sigma starts.
+    """
+
+    def __init__(
+        self, obs_dim: int, action_low, action_high, *, chunk: int = 5, velocity=GatedVelocity, flow_steps: int = 4,
+        score_step: str = "exponential", sigma: float = 0.1, learn_sigma: bool = False, sigma_dim: int = 128,
+    ):  # fmt: skip
+        super().__init__()
+        low, high = (torch.as_tensor(bound, dtype=torch.float32).repeat(chunk) for bound in (action_low, action_high))
+        self.flow_steps, self.score_step, self.action_dim = flow_steps, score_step, len(low)
+        self.velocity_net = velocity(obs_dim, self.action_dim)
+        self.log_sigma, self.sigma_net = math.log(sigma), None
+        if learn_sigma:
+            self.sigma_net = nn.Sequential(*mlp(obs_dim, sigma_dim, 2, self.action_dim, activation=nn.ReLU))
+            nn.init.zeros_(self.sigma_net[-1].weight)
+            nn.init.constant_(self.sigma_net[-1].bias, math.atanh((self.log_sigma + 1.5) / 3.5))
+        self.register_buffer("scale", (high - low) / 2)
+        self.register_buffer("bias", (high + low) / 2)
+        # Far below 0, the target of the from-scratch scripts, which so small a sigma could never meet.
+        self.target_entropy = self.largest_entropy(sigma)
+
+    def velocity(self, t, a, obs):
+        """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
+        return self.velocity_net(t, a, self.velocity_net.encode(obs))
+
+    def sigma(self, obs):
+        """sigma (B, D), shared by the K steps; a learned one is in [e^-5, e^2]."""
+        if self.sigma_net is None:
+            return self.scale.new_full((len(obs), self.action_dim), self.log_sigma).exp()
+        return torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))
+
+    def step(self, i: int, a, v, sigma):
+        """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
+
+        Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
+        without noise. Euler's, the paper's, overshoots where sigma is large. The exponential one has noise of scale
+        sigma sqrt(1 - t), holds v and 1 - t fixed within the step and solves the rest exactly: the score's factor rho
+        is in (0, 1) whatever sigma and K (the README's argument, step 8).
+        """
+        dt = 1 / self.flow_steps
+        t = i * dt
+        if self.score_step == "exponential":
+            x = sigma**2 * dt / 2
+            rho = torch.exp(-x)
+            return (t + dt) * v + rho * (a - t * v), torch.sqrt((1 - t) * -torch.expm1(-2 * x))
+        if self.score_step == "euler":
+            v = v + sigma**2 / 2 * (t * v - a) / (1 - t)
+        return a + dt * v, sigma * math.sqrt(dt)
+
+    def rollout(self, obs, noise):
+        """Sample actions and the density of their paths (equations "rollout" and "density" of the README).
+
+        obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians: noise[0] = A_0, noise[i+1] = eps_i.
+        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), and the path, a list of
+        A_0 to A_K, (B, D) each.
+        """
+        features = self.velocity_net.encode(obs)
+        sigma = self.sigma(obs)
+        path, log_deviations = [noise[0]], 0.0
+        for i in range(self.flow_steps):
+            v = self.velocity_net(i / self.flow_steps, path[i], features)
+            mean, deviation = self.step(i, path[i], v, sigma)
+            path.append(mean + deviation * noise[i + 1])
+            log_deviations = log_deviations + deviation.log()
+        # A_{i+1} given A_i is Gaussian with that deviation, and eps_i is its standardised value.
+        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - log_deviations
+        # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
+        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
+        return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
+
+    def largest_entropy(self, sigma: float = math.exp(2)) -> float:
+        """Entropy of paths with that sigma everywhere, were nothing squashed: in nats, of all dimensions and steps."""
+        one = torch.ones_like(self.scale)
+        log_deviations = [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
+        normal = 0.5 * math.log(2 * math.pi * math.e)
+        return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
+
+    def unsquash(self, action):
+        """The A_K that `rollout` squashes to `action` (B, D), up to 0.5 % of the half range short of its bounds.
+
+        Flow matching has to aim there, since tanh follows: aimed at the action itself, it would clone tanh(action).
+        """
+        return torch.atanh(((action - self.bias) / self.scale).clamp(-0.995, 0.995))
+
+    def noise(self, batch: int, deterministic: bool = False):
+        """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
+        draw = torch.zeros if deterministic else torch.randn
+        shape = self.flow_steps + 1, batch, self.action_dim
+        return draw(shape, device=self.scale.device, dtype=self.scale.dtype)
+
+    def act(self, obs, deterministic: bool = False):
+        """Chunks of actions (B, D) for obs (B, obs_dim); deterministic: the mode of the path, with all noise 0."""
+        return self.rollout(obs, self.noise(len(obs), deterministic))[0]
+
+
+class Critic(nn.Module):
+    """Q(s, chunk): hidden layers with layer normalisation, which keeps Q bounded off the data."""
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int, layers: int):
+        super().__init__()
+        self.net = nn.Sequential(*mlp(obs_dim + action_dim, dim, layers, 1, norm=nn.LayerNorm, activation=nn.ReLU))
+
+    def forward(self, obs, action):
+        """(B, obs_dim), (B, h D) -> (B,)"""
+        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
+
+
+def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
+    """sum_j mean valid (Q_j(s, a) - y)^2 / 2,  y = r + discount (1 - d) (mean_j Q'_j(s', a') - alpha log p_c(path')).
+
+    `batch` is what `merge_chunks` returns, `discount` gamma^h. Returns the loss and mean Q.
+    """
+    obs, action, _, reward, terminated, valid, next_obs = batch
+    with torch.no_grad():
+        next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
+        next_q = torch.stack([target(next_obs, next_action) for target in targets]).mean(0)
+        y = reward + discount * (1 - terminated) * (next_q - alpha * next_log_prob)
+    q = torch.stack([critic(obs, action) for critic in critics])  # (2, B)
+    return 0.5 * (valid * (q - y).square()).mean(1).sum(), q.mean()
+
+
+def flow_matching_loss(actor, batch, noise, t):
+    """mean own |(x1 - x0) - v(t, (1 - t) x0 + t x1, s)|^2, x0 = noise (B, D), x1 the data's action before the squash.
+
+    Flow times t (B, 1), uniform in [0, 1]; steps of a chunk beyond its episode do not count.
+    """
+    obs, action, own, *_ = batch
+    x1 = actor.unsquash(action)
+    v = actor.velocity(t, (1 - t) * noise + t * x1, obs)
+    return (own * (x1 - noise - v).square()).mean()
+
+
+def actor_loss(actor, critics, batch, noise, alpha, beta):
+    """mean(alpha log p_c - mean_j Q_j(s, a)) + beta mean own |a - a_data|^2, its gradient through all K steps.
+
+    Returns the loss, the last term without its beta, mean log p_c, and the path.
+    """
+    obs, data_action, own, *_ = batch
+    action, log_prob, path = actor.rollout(obs, noise)
+    q = torch.stack([critic(obs, action) for critic in critics]).mean(0)
+    bc = (own * (action - data_action).square()).mean()
+    return (alpha * log_prob - q).mean() + beta * bc, bc, log_prob.mean(), *path
+
+
+def offline_actor_loss(actor, critics, batch, noise, alpha, beta, x0, t):
+    """The sum of `actor_loss` and `flow_matching_loss`. Returns it, and what both return, the path but."""
+    loss, bc, log_prob, *_ = actor_loss(actor, critics, batch, noise, alpha, beta)
+    matching = flow_matching_loss(actor, batch, x0, t)
+    return loss + matching, loss, bc, log_prob, matching
+
+
+def alpha_loss(log_alpha, log_prob, target_entropy):
+    """alpha * (entropy - target): alpha falls while the paths' entropy, mean -log p_c, exceeds its target."""
+    return log_alpha.exp() * (-log_prob - target_entropy)
+
+
+def with_gradients(loss_function, network):
+    """`loss_function` with its gradients in the same graph: function(*inputs) -> loss, *rest, gradients.
+
+    `rest` is every other scalar that the loss function returns, and `gradients` are those of the loss with respect to
+    the parameters of `network`, in their order. As one function both passes compile to one graph, and nothing else is
+    computed: an actor update leaves out the gradients of the critics' parameters.
+    """
+
+    @wraps(loss_function)
+    def function(*inputs):
+        loss, *rest = loss_function(*inputs)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        return loss.detach(), *(value.detach() for value in rest if value.ndim == 0), gradients
+
+    return function
+
+
+def apply_gradients(optimizer, gradients) -> None:
+    """One step of `optimizer`, given the gradient of each of its parameters, in their order."""
+    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+def gradient_norms(actor, critics, batch, noise, alpha, beta):
+    """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible."""
+    loss, _, _, *path = actor_loss(actor, critics, batch, noise.requires_grad_(), alpha, beta)
+    gradients = torch.stack(torch.autograd.grad(len(noise[0]) * loss, path))  # (K+1, B, D), the loss's mean undone
+    return gradients.norm(dim=2).mean(1)  # (K+1,)
 
 
 class ReplayBuffer:
@@ -267,384 +575,332 @@ def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) 
     return [obs[:, 0], action.flatten(1), own, reward, terminated, valid, next_obs[:, -1]]
 
 
-def mlp(inputs: int, dim: int, layers: int, outputs: int, norm=nn.Identity, activation=nn.SiLU) -> list[nn.Module]:
-    """`layers` hidden layers, each Linear, norm, activation, and a Linear."""
-    sizes = [inputs] + layers * [dim]
-    hidden = [[nn.Linear(n, m), norm(m), activation()] for n, m in zip(sizes, sizes[1:], strict=False)]
-    return [*sum(hidden, []), nn.Linear(sizes[-1], outputs)]
-
-
-class Critic(nn.Module):
-    """Q(s, chunk): hidden layers with layer normalisation, which keeps Q bounded off the data."""
-
-    def __init__(self, obs_dim: int, action_dim: int, dim: int, layers: int):
-        super().__init__()
-        self.net = nn.Sequential(*mlp(obs_dim + action_dim, dim, layers, 1, norm=nn.LayerNorm, activation=nn.ReLU))
-
-    def forward(self, obs, action):
-        """(B, obs_dim), (B, h D) -> (B,)"""
-        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
-
-
-class TimeEmbedding(nn.Module):
-    """Linear map of sines and cosines of the flow time t in [0, 1] (float or (B, 1)) to (dim,) or (B, dim)."""
-
-    def __init__(self, dim: int, frequencies: int = 16):
-        super().__init__()
-        self.register_buffer("frequencies", torch.logspace(0, 2, frequencies), persistent=False)  # 1 to 100 rad
-        self.linear = nn.Linear(2 * frequencies, dim, bias=False)
-
-    def forward(self, t):
-        phase = t * self.frequencies
-        return self.linear(torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1))
-
-
-class PlainVelocity(nn.Module):
-    """The control: v is an MLP of t, a and s, and nothing bounds its Jacobian."""
-
-    def __init__(self, obs_dim: int, action_dim: int, dim: int = 128, layers: int = 3):
-        super().__init__()
-        self.from_obs = nn.Linear(obs_dim, dim)
-        self.from_action = nn.Linear(action_dim, dim, bias=False)
-        self.from_time = TimeEmbedding(dim)
-        self.net = nn.Sequential(nn.SiLU(), *mlp(dim, dim, layers - 1, action_dim))
-
-    def encode(self, obs):
-        """What the K steps share: (B, obs_dim) -> (B, dim)."""
-        return self.from_obs(obs)
-
-    def forward(self, t, a, memory):
-        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
-        return self.net(memory + self.from_action(a) + self.from_time(t))
-
-
-class GatedVelocity(nn.Module):
-    """Flow-G: v = g * (vhat - a), gate g = sigmoid(z(t, a, s)), candidate vhat(t, a, s).
-
-    An Euler step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. The gate, an MLP with
-    one hidden layer, starts at sigmoid(5) = 0.993 everywhere: the rollout starts contractive.
-    """
-
-    def __init__(self, obs_dim: int, action_dim: int, dim: int = 128, layers: int = 3, gate_dim: int = 64):
-        super().__init__()
-        # The first layers of candidate and gate side by side, and split by input: the observation's part is the
-        # same at all K steps, so `encode` computes it once per rollout.
-        self.split = dim, gate_dim
-        self.from_obs = nn.Linear(obs_dim, dim + gate_dim)
-        self.from_action = nn.Linear(action_dim, dim + gate_dim, bias=False)
-        self.from_time = TimeEmbedding(dim + gate_dim)
-        self.candidate = nn.Sequential(*mlp(dim, dim, layers - 1, action_dim))
-        self.gate = nn.Linear(gate_dim, action_dim)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.constant_(self.gate.bias, 5.0)
-
-    def encode(self, obs):
-        """What the K steps share: (B, obs_dim) -> (B, dim + gate_dim)."""
-        return self.from_obs(obs)
-
-    def forward(self, t, a, memory):
-        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
-        hidden = F.silu(memory + self.from_action(a) + self.from_time(t))
-        for_candidate, for_gate = hidden.split(self.split, dim=-1)
-        return torch.sigmoid(self.gate(for_gate)) * (self.candidate(for_candidate) - a)
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm decoder layer: y = phi + Cross(LN(phi), LN(memory)),  phi' = y + FFN(LN(y)), of one token each.
-
-    Over one memory token the attention's softmax is 1, whatever queries, keys and heads are: Cross is the linear
-    read-out W_out W_value LN(memory), the same at all K steps, and is all that is built of it here. Self-attention,
-    masked to the diagonal so that a step stays Markov in the action, would be linear too: the FFN does that work.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm_memory, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
-
-    def encode(self, memory):
-        """Cross(LN(phi), LN(memory)) for any phi: (B, dim) -> (B, dim)."""
-        return self.out(self.value(self.norm_memory(memory)))
-
-    def forward(self, phi, cross):
-        """One layer over the action token phi (B, dim)."""
-        y = phi + cross
-        return y + self.ffn(self.norm_ffn(y))
-
-
-class DecodedVelocity(nn.Module):
-    """Flow-T: v = W_o LN(Phi_L), Phi_L from decoder layers that read the observation.
-
-    Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token.
-    """
-
-    def __init__(self, obs_dim: int, action_dim: int, dim: int = 64, layers: int = 2):
-        super().__init__()
-        self.from_obs = nn.Linear(obs_dim, dim)
-        self.from_action = nn.Linear(action_dim, dim)
-        self.from_time = TimeEmbedding(dim)
-        self.layers = nn.ModuleList(DecoderLayer(dim) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, action_dim)
-
-    def encode(self, obs):
-        """What the K steps share: (B, obs_dim) -> what each layer reads out of the observation token, (B, dim) each."""
-        memory = self.from_obs(obs)
-        return [layer.encode(memory) for layer in self.layers]
-
-    def forward(self, t, a, memory):
-        """Velocity (B, D) at flow time t (float or (B, 1)) and pre-squash action a (B, D)."""
-        phi = self.from_action(a) + self.from_time(t)
-        for layer, cross in zip(self.layers, memory, strict=True):
-            phi = layer(phi, cross)
-        return self.out(self.norm(phi))
-
-
-class Actor(nn.Module):
-    """Flow policy over chunks of h actions: K noisy Euler steps of a velocity network, then tanh to the action bounds.
-
-    Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
-    bounds, `velocity` a factory (obs_dim, h D) -> module. Below, and in the README, D stands for h D.
-    `sigma` is fixed, or with `learn_sigma` the one near which a learned sigma starts.
-    """
-
-    def __init__(
-        self, obs_dim: int, action_low, action_high, *, chunk: int = 5, velocity=GatedVelocity, flow_steps: int = 4,
-        score_step: str = "exponential", sigma: float = 0.1, learn_sigma: bool = False, sigma_dim: int = 128,
-    ):  # fmt: skip
-        super().__init__()
-        low, high = (torch.as_tensor(bound, dtype=torch.float32).repeat(chunk) for bound in (action_low, action_high))
-        self.flow_steps, self.score_step, self.action_dim = flow_steps, score_step, len(low)
-        self.velocity_net = velocity(obs_dim, self.action_dim)
-        self.log_sigma, self.sigma_net = math.log(sigma), None
-        if learn_sigma:
-            self.sigma_net = nn.Sequential(*mlp(obs_dim, sigma_dim, 2, self.action_dim, activation=nn.ReLU))
-            nn.init.zeros_(self.sigma_net[-1].weight)
-            nn.init.constant_(self.sigma_net[-1].bias, math.atanh((self.log_sigma + 1.5) / 3.5))
-        self.register_buffer("scale", (high - low) / 2)
-        self.register_buffer("bias", (high + low) / 2)
-        # Far below 0, the target of the from-scratch scripts, which so small a sigma could never meet.
-        self.target_entropy = self.largest_entropy(sigma)
-
-    def velocity(self, t, a, obs):
-        """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
-        return self.velocity_net(t, a, self.velocity_net.encode(obs))
-
-    def sigma(self, obs):
-        """sigma (B, D), shared by the K steps; a learned one is in [e^-5, e^2]."""
-        if self.sigma_net is None:
-            return self.scale.new_full((len(obs), self.action_dim), self.log_sigma).exp()
-        return torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))
-
-    def step(self, i: int, a, v, sigma):
-        """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
-
-        Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
-        without noise. Euler's, the paper's, overshoots where sigma is large. The exponential one has noise of scale
-        sigma sqrt(1 - t), holds v and 1 - t fixed within the step and solves the rest exactly: the score's factor rho
-        is in (0, 1) whatever sigma and K (the README's argument, step 8).
-        """
-        dt = 1 / self.flow_steps
-        t = i * dt
-        if self.score_step == "exponential":
-            x = sigma**2 * dt / 2
-            rho = torch.exp(-x)
-            return (t + dt) * v + rho * (a - t * v), torch.sqrt((1 - t) * -torch.expm1(-2 * x))
-        if self.score_step == "euler":
-            v = v + sigma**2 / 2 * (t * v - a) / (1 - t)
-        return a + dt * v, sigma * math.sqrt(dt)
-
-    def rollout(self, obs, noise):
-        """Sample actions and the density of their paths (equations "rollout" and "density" of the README).
-
-        obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians: noise[0] = A_0, noise[i+1] = eps_i.
-        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), and the path, a list of
-        A_0 to A_K, (B, D) each.
-        """
-        memory = self.velocity_net.encode(obs)
-        sigma = self.sigma(obs)
-        path, log_deviations = [noise[0]], 0.0
-        for i in range(self.flow_steps):
-            v = self.velocity_net(i / self.flow_steps, path[i], memory)
-            mean, deviation = self.step(i, path[i], v, sigma)
-            path.append(mean + deviation * noise[i + 1])
-            log_deviations = log_deviations + deviation.log()
-        # A_{i+1} given A_i is Gaussian with that deviation, and eps_i is its standardised value.
-        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - log_deviations
-        # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
-        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
-        return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
-
-    def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """Entropy of paths with that sigma everywhere, were nothing squashed: in nats, of all dimensions and steps."""
-        one = torch.ones_like(self.scale)
-        log_deviations = [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
-        normal = 0.5 * math.log(2 * math.pi * math.e)
-        return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
-
-    def unsquash(self, action):
-        """The A_K that `rollout` squashes to `action` (B, D), up to 0.5 % of the half range short of its bounds.
-
-        Flow matching has to aim there, since tanh follows: aimed at the action itself, it would clone tanh(action).
-        """
-        return torch.atanh(((action - self.bias) / self.scale).clamp(-0.995, 0.995))
-
-    def noise(self, batch: int, deterministic: bool = False):
-        """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
-        draw = torch.zeros if deterministic else torch.randn
-        shape = self.flow_steps + 1, batch, self.action_dim
-        return draw(shape, device=self.scale.device, dtype=self.scale.dtype)
-
-    def act(self, obs, deterministic: bool = False):
-        """Chunks of actions (B, D) for obs (B, obs_dim); deterministic: the mode of the path, with all noise 0."""
-        return self.rollout(obs, self.noise(len(obs), deterministic))[0]
-
-
-def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
-    """sum_j mean valid (Q_j(s, a) - y)^2 / 2,  y = r + discount (1 - d) (mean_j Q'_j(s', a') - alpha log p_c(path')).
-
-    `batch` is what `merge_chunks` returns, `discount` gamma^h. Returns the loss and mean Q.
-    """
-    obs, action, _, reward, terminated, valid, next_obs = batch
-    with torch.no_grad():
-        next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
-        next_q = torch.stack([target(next_obs, next_action) for target in targets]).mean(0)
-        y = reward + discount * (1 - terminated) * (next_q - alpha * next_log_prob)
-    q = torch.stack([critic(obs, action) for critic in critics])  # (2, B)
-    return 0.5 * (valid * (q - y).square()).mean(1).sum(), q.detach().mean()
-
-
-def flow_matching_loss(actor, batch, noise, t):
-    """mean own |(x1 - x0) - v(t, (1 - t) x0 + t x1, s)|^2, x0 = noise (B, D), x1 the data's action before the squash.
-
-    Flow times t (B, 1), uniform in [0, 1]; steps of a chunk beyond its episode do not count.
-    """
-    obs, action, own, *_ = batch
-    x1 = actor.unsquash(action)
-    v = actor.velocity(t, (1 - t) * noise + t * x1, obs)
-    return (own * (x1 - noise - v).square()).mean()
-
-
-def actor_loss(actor, critics, batch, noise, alpha, beta):
-    """mean(alpha log p_c - mean_j Q_j(s, a)) + beta mean own |a - a_data|^2, its gradient through all K steps.
-
-    Returns the loss, the last term without its beta, mean log p_c, and the path.
-    """
-    obs, data_action, own, *_ = batch
-    action, log_prob, path = actor.rollout(obs, noise)
-    q = torch.stack([critic(obs, action) for critic in critics]).mean(0)
-    bc = (own * (action - data_action).square()).mean()
-    return (alpha * log_prob - q).mean() + beta * bc, bc.detach(), log_prob.detach().mean(), path
-
-
-def alpha_loss(log_alpha, log_prob, target_entropy):
-    """alpha * (entropy - target): alpha falls while the paths' entropy, mean -log p_c, exceeds its target."""
-    return log_alpha.exp() * (-log_prob - target_entropy)
-
-
-# A loss and its gradients in one function, so that both passes are compiled as one graph, and nothing else is computed.
-def critic_gradients(actor, critics, *inputs):
-    """What `critic_loss` returns, and the loss's gradients by the critics' parameters."""
-    loss, q = critic_loss(actor, critics, *inputs)
-    return loss.detach(), q, torch.autograd.grad(loss, list(critics.parameters()))
-
-
-def actor_gradients(actor, *inputs):
-    """What `actor_loss` returns but for the path, and the loss's gradients by the actor's parameters."""
-    loss, bc, log_prob, _ = actor_loss(actor, *inputs)
-    return loss.detach(), bc, log_prob, torch.autograd.grad(loss, list(actor.parameters()))
-
-
-def offline_actor_gradients(actor, critics, batch, noise, alpha, beta, x0, t):
-    """The same, and what `flow_matching_loss` returns: the gradients are those of the sum of both losses."""
-    loss, bc, log_prob, _ = actor_loss(actor, critics, batch, noise, alpha, beta)
-    matching = flow_matching_loss(actor, batch, x0, t)
-    gradients = torch.autograd.grad(loss + matching, list(actor.parameters()))
-    return loss.detach(), bc, log_prob, matching.detach(), gradients
-
-
-def descend(optimizer, gradients) -> None:
-    """One step of `optimizer`, given the gradient of each of its parameters, in their order."""
-    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-
-
-def gradient_norms(actor, critics, batch, noise, alpha, beta):
-    """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible."""
-    loss, _, _, path = actor_loss(actor, critics, batch, noise.requires_grad_(), alpha, beta)
-    gradients = torch.stack(torch.autograd.grad(len(noise[0]) * loss, path))  # (K+1, B, D), the loss's mean undone
-    return gradients.norm(dim=2).mean(1)  # (K+1,)
-
-
-def load(path: Path) -> dict:
-    """Read a checkpoint.pt or policy.pt; stops the program if it is missing, damaged or written by another script."""
-    if not path.is_file():
-        fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
+def main() -> None:
+    args, checkpoint = parse_args()
+    device = torch.device("cuda" if args.cuda else "cpu")
+    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if headless:
+        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
+    if args.capture_video and not args.evaluate:
+        fail("--capture-video goes with --evaluate")
+    env = make_env(args, "rgb_array" if args.capture_video else None)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
+    run = Path(args.resume or args.evaluate or "runs")
+    if not checkpoint:
+        run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    if args.capture_video:
+        check_video(env)
+
+    if checkpoint:
+        files = [Path(file) for file in checkpoint["files"]]
+    else:
+        files = [] if benchmark_of(args.env_id) == "minari" else find_dataset(args)
+        for file in reversed(files or [None]):  # all are checked before the work, the first is kept
+            data = load_data(file, env, args)
+
+    precision = matmul_precision(device, args.bf16)
+    seed_random(args.seed)
+    velocity = {
+        "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
+        "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
+        "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers),
+    }[args.velocity]
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load would not notice a flipped bit
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        state = None
-    if state is None:
-        fail(f"{path} is truncated or corrupted: restore it from a copy, or start a new run")
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
-        fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
-    if set(state["args"]) != {field.name for field in fields(Args)}:
-        fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
-    return state
+        actor = Actor(
+            obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel(), chunk=args.chunk, velocity=velocity,
+            flow_steps=args.flow_steps, score_step=args.score_step, sigma=args.sigma,
+            learn_sigma=args.learn_sigma, sigma_dim=args.sigma_dim,
+        ).to(device)  # fmt: skip
+        sizes = obs_dim, args.chunk * action_dim, args.critic_dim, args.critic_layers
+        critics = nn.ModuleList(Critic(*sizes) for _ in range(2)).to(device)
+        buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
+        sizes = ", ".join(f"--{name.replace('_', '-')}" for name in vars(args) if name.endswith(("_dim", "_size")))
+        fail(f"{str(error).splitlines()[0]} (sizes: {sizes})")
+    if args.evaluate:
+        actor.load_state_dict(checkpoint["actor"])
+        print(f"{run} at step {checkpoint['step']}")
+        if args.capture_video:
+            videos = dict(video_folder=str(run / "videos"), disable_logger=True, name_prefix="evaluation")
+            env = gym.wrappers.RecordVideo(env, episode_trigger=lambda episode: True, **videos)
+        for kind in ("deterministic", "stochastic"):
+            print(f"{kind}: {describe(evaluate(actor, env, args.eval_episodes, args.seed, kind == 'deterministic'))}")
+        env.close()
+        return
 
+    targets = copy.deepcopy(critics).requires_grad_(False)
+    target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
+    if args.autotune and target_entropy >= actor.largest_entropy():
+        reach = f"below {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
+        fail(f"--target-entropy must be {reach}")
+    log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
+    beta = torch.tensor(float(args.beta), device=device)
+    adam = partial(torch.optim.Adam, fused=True, capturable=True)
+    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
+    critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
+    alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
+    learned = {
+        "actor": actor, "critics": critics, "targets": targets, "actor_optimizer": actor_optimizer,
+        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
+    }  # fmt: skip
+    losses = torch.zeros(len(LOSSES), device=device)
+    step, updates, seconds, saved_step, lengths = 0, 0, 0.0, 0, {"returns.csv": 0, "eval.csv": 0}
+    if checkpoint:
+        for name, part in learned.items():
+            part.load_state_dict(checkpoint[name])
+        log_alpha.data.copy_(checkpoint["log_alpha"])
+        losses.copy_(checkpoint["losses"])
+        buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
+        step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
+        saved_step, lengths = step, checkpoint["lengths"]
+        for name, length in lengths.items():
+            if not (run / name).is_file() or (run / name).stat().st_size < length:
+                fail(f"{run / name} is shorter than when the checkpoint was saved: restore it from a copy")
+    else:
+        buffer.refill(data, len(data))
+        print(f"{len(data)} transitions of {files[0] if files else args.env_id}", file=sys.stderr)
+        del data
 
-def write(path: Path, state: dict) -> None:
-    """Write `state` such that at any instant a complete file is there. Raises OSError if it cannot."""
-    temporary = path.with_suffix(".pt.tmp")
+    if args.track:
+        try:
+            import wandb
+
+            wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        except ImportError:
+            fail("--track needs wandb: pip install -r benchmark/requirements.txt")
+        except Exception as error:
+            fail(f"--track: {(str(error) or type(error).__name__).splitlines()[0]}")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
+        run.mkdir(parents=True, exist_ok=bool(checkpoint))
+        used = [str(file.resolve()) for file in files]
+        (run / "args.json").write_text(json.dumps({**asdict(args), "files": used}, indent=2) + "\n")
+        writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
+        csv_files = {name: open(run / name, "r+" if checkpoint else "w", newline="") for name in lengths}
+        for name, length in lengths.items():
+            csv_files[name].truncate(length)
+            csv_files[name].seek(length)
+    except OSError as error:
+        fail(f"cannot write to {run}: {error.strerror}")
+    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    returns_csv, eval_csv = (csv.writer(file, lineterminator="\n") for file in csv_files.values())
+    if not checkpoint:
+        returns_csv.writerow(["step", "return", "length", "success", "seconds"])
+        scored = ["success_rate", "success_low", "success_high", "return", "return_error", "length"]
+        eval_csv.writerow(["step", "phase", "kind", *scored, "episodes", "seconds"])
+
+    eval_env = make_env(args)
+    env.reset(seed=args.seed)
+    env_random = env.unwrapped.np_random.bit_generator
+    episode_return, episode_length, queue = 0.0, 0, np.zeros((0, action_dim), np.float32)
+    if checkpoint:
+        set_random_states(checkpoint["random"], device)
+        env_random.state, episode_length = checkpoint["env_random"], checkpoint["episode_length"]
+        queue = checkpoint["queue"].numpy()
+    episode_random = env_random.state  # before the reset: where this episode can be replayed from
+    obs = to_obs(env.reset()[0])
+    if episode_length:  # the run stopped in an episode: the same reset and actions lead back to the same state
+        for action in buffer.last_actions(min(episode_length, len(buffer))):
+            next_obs, reward, *_ = env.step(to_action(action, env.action_space))
+            obs, episode_return = to_obs(next_obs), episode_return + float(reward)
+        if episode_length > len(buffer) or not np.array_equal(obs, buffer.last_obs()):
+            print("note: the interrupted episode could not be replayed; starting a new one", file=sys.stderr)
+            episode_random, episode_return, episode_length, queue = env_random.state, 0.0, 0, queue[:0]
+            obs = to_obs(env.reset()[0])
+
+    jit = find_compiler(device) if args.compile else lambda function: function
+    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+    critic_gradients = jit(with_gradients(critic_loss, critics))
+    actor_gradients = jit(with_gradients(actor_loss, actor))
+    offline_actor_gradients = jit(with_gradients(offline_actor_loss, actor))
+    policy_obs = torch.zeros(1, obs_dim, device=device)
+    policy_action = torch.zeros(args.chunk, action_dim, device=device)
+    discount = args.gamma**args.chunk
+
+    # The parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
+    def act() -> None:
+        with torch.no_grad():
+            policy_action.copy_(policy(policy_obs, actor.noise(1)).view_as(policy_action))
+
+    def update(offline: bool) -> None:
+        batch, alpha = buffer.sample(args.batch_size, args.chunk, args.gamma), log_alpha.detach().exp()
+        noise = actor.noise(args.batch_size)
+        loss, q, gradients = critic_gradients(actor, critics, targets, batch, noise, alpha, discount)
+        apply_gradients(critic_optimizer, gradients)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
+        losses[:2] = torch.stack([loss, q])
+
+        inputs = actor, critics, batch, actor.noise(args.batch_size), alpha, beta
+        if offline:
+            x0, t = torch.randn_like(noise[0]), torch.rand(args.batch_size, 1, device=device)
+            _, loss, bc, log_prob, matching, gradients = offline_actor_gradients(*inputs, x0, t)
+        else:
+            loss, bc, log_prob, gradients = actor_gradients(*inputs)
+            matching = torch.zeros_like(loss)
+        apply_gradients(actor_optimizer, gradients)
+        loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
+        if args.autotune:
+            apply_gradients(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
+        losses[2:] = torch.stack([loss, matching, bc, loss_alpha.detach(), alpha, -log_prob])
+
+    update_offline, update_online = partial(update, True), partial(update, False)
+    if args.compile and args.cuda:
+        act, update_offline, update_online = CudaGraph(act), CudaGraph(update_offline), CudaGraph(update_online)
+
+    history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
+
+    def save() -> None:
+        """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
+        nonlocal saved_step
+        for file in csv_files.values():
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({error})") from error
+        mean_losses()
+        for name in ("actor", "critics"):
+            for parameter, value in learned[name].state_dict().items():
+                if not value.isfinite().all():
+                    diverged(step, f"{name}.{parameter}")
+        state = {name: part.state_dict() for name, part in learned.items()}
+        state.update(
+            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), losses=losses, buffer=buffer.filled(),
+            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start, files=used,
+            lengths={name: file.tell() for name, file in csv_files.items()}, random=random_states(device),
+            env_random=episode_random, episode_length=episode_length, queue=torch.from_numpy(queue.copy()),
+        )  # fmt: skip
+        write(run / "checkpoint.pt", state)
+        saved_step = step
+
+    def kept() -> str:
+        return f"the checkpoint of step {saved_step} is kept: --resume {run}" if saved_step else "no checkpoint yet"
+
+    def diverged(step: int, name: str) -> NoReturn:
+        fail(f"step {step}: {name} is NaN or infinite; {kept()}")
+
+    def mean_losses() -> torch.Tensor:
+        """Means of the losses since the last call, after a check of each: the updates wait for the host only here."""
+        rows = torch.stack([row for _, row in history]).cpu() if history else torch.zeros(1, len(LOSSES))
+        for row, column in (~rows.isfinite()).nonzero().tolist():
+            diverged(history[row][0], LOSSES[column])
+        history.clear()
+        return rows.mean(0)
+
+    def score() -> None:
+        """Evaluate, and write it down. Neither training nor its clock notices."""
+        nonlocal start
+        began, phase = time.time(), "offline" if step <= args.offline_steps else "online"
+        scores = evaluate(actor, eval_env, args.eval_episodes, args.seed)
+        for name, value in scores.items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        elapsed = round(seconds + began - start, 2)
+        values = [f"{value:.5g}" for value in scores.values()]
+        eval_csv.writerow([step, phase, "stochastic", *values, args.eval_episodes, elapsed])
+        csv_files["eval.csv"].flush()
+        tqdm.write(f"step {step}, {phase}: {describe(scores)}")
+        start += time.time() - began
+
+    signals = []  # Ctrl-C or a kill is acted upon at the end of the step; the same again stops at once
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    total = args.offline_steps + args.online_steps
+    bar = tqdm(total=total, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
+    try:
+        while step < total and not signals:
+            online, done = step >= args.offline_steps, True
+            beta.fill_(args.online_beta if online else args.beta)
+            if online:
+                if not np.isfinite(obs).all():
+                    diverged(step, "observation")
+                if not len(queue):
+                    policy_obs.copy_(torch.from_numpy(obs))
+                    act()
+                    queue = policy_action.cpu().numpy().copy()
+                    if not np.isfinite(queue).all():
+                        mean_losses()  # if a loss diverged before, it is the one to name
+                        diverged(step, "action")
+                action, queue = queue[0], queue[1:]
+                next_obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
+                next_obs, reward = to_obs(next_obs), float(reward)
+                if not math.isfinite(reward):
+                    diverged(step + 1, "reward")
+                if not np.isfinite(next_obs).all():  # before it is stored
+                    diverged(step + 1, "observation")
+                buffer.add(obs, action, reward, terminated, next_obs, follows=episode_length > 0)
+                obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
+                done = terminated or truncated
+            elif step and step % args.rotate_every == 0 and len(files) > 1:
+                data = load_data(files[step // args.rotate_every % len(files)], eval_env, args)
+                buffer.refill(data, len(data))
+            step += 1
+            bar.update()
+
+            if not online or step - args.offline_steps > args.online_start:
+                torch.set_float32_matmul_precision(precision)
+                for _ in range(args.utd if online else 1):
+                    (update_online if online else update_offline)()
+                    updates += 1
+                    history.append((step, losses.clone()))
+                if step % 1000 == 0:
+                    with fork_random(args.seed + step, device):
+                        batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
+                        noise = actor.noise(args.batch_size)
+                    norms = gradient_norms(actor, critics, batch, noise, log_alpha.detach().exp(), beta)
+                    for i, norm in enumerate(norms.tolist()):
+                        writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
+                torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
+                if step % 100 == 0:
+                    means = mean_losses().tolist()
+                    for name, value in zip(LOSSES, means, strict=True):
+                        writer.add_scalar(f"losses/{name}", value, step)
+                    writer.add_scalar("charts/SPS", (step - first_step) / (time.time() - start), step)
+                    writer.add_scalar("charts/online", float(online), step)
+                    recent = f"{np.mean(last_returns):.0f}" if last_returns else "-"
+                    bar.set_postfix({"return": recent, "bc": f"{means[4]:.3g}"}, refresh=False)
+
+            if online and done:
+                elapsed = seconds + time.time() - start
+                writer.add_scalar("charts/episodic_return", episode_return, step)
+                writer.add_scalar("charts/episodic_length", episode_length, step)
+                success = float(info.get("success", math.nan))
+                returns_csv.writerow([step, episode_return, episode_length, success, round(elapsed, 2)])
+                csv_files["returns.csv"].flush()
+                last_returns.append(episode_return)
+                episode_random, episode_return, episode_length, queue = env_random.state, 0.0, 0, queue[:0]
+            if step % args.eval_every == 0 or step in (args.offline_steps, total):
+                score()
+            if done and step - saved_step >= args.save_every:
+                save()
+            if online and done:
+                obs = to_obs(env.reset()[0])
+        save()
+    except OSError as error:
+        fail(f"step {step}: {error}; {kept()}")
+    finally:
+        bar.close()
+        env.close()
+        eval_env.close()
+        for file in (writer, *csv_files.values()):
+            with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
+                file.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if step < total:
+        print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
+        raise SystemExit(128 + signals[0])
+    print(f"saved in {run}")
 
 
-def random_states(device: torch.device) -> dict:
-    """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
-    name, key, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
+# Plumbing: nothing below is the algorithm
 
 
-def set_random_states(states: dict, device: torch.device) -> None:
-    """Undo `random_states`, with a note if the run was saved on another kind of device."""
-    random.setstate(states["python"])
-    name, key, *rest = states["numpy"]
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if (states["cuda"] is not None) != (device.type == "cuda"):
-        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
-    elif states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def seed_random(seed: int) -> None:
-    """Seed the process's random generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def fork_random(seed: int, device: torch.device):
-    """Within it the random generators start from `seed`; after it they are where they were before."""
-    states = random_states(device)
-    seed_random(seed)
-    yield
-    set_random_states(states, device)
+def fail(message: str) -> NoReturn:
+    """Stop with one line on standard error and exit code 2."""
+    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
+    raise SystemExit(2)
 
 
 def parse_args() -> tuple[Args, Optional[dict]]:
@@ -702,7 +958,73 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     return args, checkpoint
 
 
-# --- tasks and their data ---
+def write(path: Path, state: dict) -> None:
+    """Write `state` such that at any instant a complete file is there. Raises OSError if it cannot."""
+    temporary = path.with_suffix(".pt.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path} ({error})") from error
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint.pt or policy.pt; stops the program if it is missing, damaged or written by another script."""
+    if not path.is_file():
+        fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load would not notice a flipped bit
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        state = None
+    if state is None:
+        fail(f"{path} is truncated or corrupted: restore it from a copy, or start a new run")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
+        fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
+    if set(state["args"]) != {field.name for field in fields(Args)}:
+        fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
+    return state
+
+
+def random_states(device: torch.device) -> dict:
+    """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
+    name, key, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
+
+
+def set_random_states(states: dict, device: torch.device) -> None:
+    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    random.setstate(states["python"])
+    name, key, *rest = states["numpy"]
+    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if (states["cuda"] is not None) != (device.type == "cuda"):
+        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+    elif states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def seed_random(seed: int) -> None:
+    """Seed the process's random generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def fork_random(seed: int, device: torch.device):
+    """Within it the random generators start from `seed`; after it they are where they were before."""
+    states = random_states(device)
+    seed_random(seed)
+    yield
+    set_random_states(states, device)
 
 
 def benchmark_of(env_id: str) -> str:
@@ -1027,18 +1349,24 @@ def describe(scores: dict[str, float]) -> str:
 
 def find_compiler(device: torch.device):
     """torch.compile if it works on this machine, else the identity and a note."""
+    options = {
+        # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
+        "guard_filter_fn": lambda guards: [False] * len(guards),
+        # Products of one row, the policy's, become sums that are compiled with the rest: a call costs more.
+        "post_grad_fusion_options": {"decompose_mm_pass": {}},
+    }
+
+    def jit(function):
+        # Guards are off, so closures of one text would share the first one's graph: each gets its own code object.
+        function.__code__ = function.__code__.replace()
+        return torch.compile(function, dynamic=False, options=dict(options))  # it takes items out of its options
+
     try:
-        torch.compiler.reset()  # no guard would tell what an earlier run in this process compiled from this run's
+        torch.compiler.reset()  # guards are off, so graphs of an earlier run in this process would be reused
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         print("the first update compiles the losses, for a minute or two", file=sys.stderr)
         torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
-        options = {
-            # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
-            "guard_filter_fn": lambda guards: [False] * len(guards),
-            # Products of one row, the policy's, become sums that are compiled with the rest: a call costs more.
-            "post_grad_fusion_options": {"decompose_mm_pass": {}},
-        }
-        return lambda function: torch.compile(function, dynamic=False, options=dict(options))  # it takes items out
+        return jit
     except Exception:
         print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
         return lambda function: function
@@ -1081,324 +1409,6 @@ class CudaGraph:
             with torch.cuda.graph(self.graph):  # records, runs nothing
                 self.function()
         self.graph.replay()
-
-
-def main() -> None:
-    args, checkpoint = parse_args()
-    device = torch.device("cuda" if args.cuda else "cpu")
-    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    if headless:
-        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
-    if args.capture_video and not args.evaluate:
-        fail("--capture-video goes with --evaluate")
-    env = make_env(args, "rgb_array" if args.capture_video else None)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
-    run = Path(args.resume or args.evaluate or "runs")
-    if not checkpoint:
-        run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    if args.capture_video:
-        check_video(env)
-
-    if checkpoint:
-        files = [Path(file) for file in checkpoint["files"]]
-    else:
-        files = [] if benchmark_of(args.env_id) == "minari" else find_dataset(args)
-        for file in reversed(files or [None]):  # all are checked before the work, the first is kept
-            data = load_data(file, env, args)
-
-    precision = matmul_precision(device, args.bf16)
-    seed_random(args.seed)
-    velocity = {
-        "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
-        "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
-        "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers),
-    }[args.velocity]
-    try:
-        actor = Actor(
-            obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel(), chunk=args.chunk, velocity=velocity,
-            flow_steps=args.flow_steps, score_step=args.score_step, sigma=args.sigma,
-            learn_sigma=args.learn_sigma, sigma_dim=args.sigma_dim,
-        ).to(device)  # fmt: skip
-        sizes = obs_dim, args.chunk * action_dim, args.critic_dim, args.critic_layers
-        critics = nn.ModuleList(Critic(*sizes) for _ in range(2)).to(device)
-        buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
-        sizes = ", ".join(f"--{name.replace('_', '-')}" for name in vars(args) if name.endswith(("_dim", "_size")))
-        fail(f"{str(error).splitlines()[0]} (sizes: {sizes})")
-    if args.evaluate:
-        actor.load_state_dict(checkpoint["actor"])
-        print(f"{run} at step {checkpoint['step']}")
-        if args.capture_video:
-            videos = dict(video_folder=str(run / "videos"), disable_logger=True, name_prefix="evaluation")
-            env = gym.wrappers.RecordVideo(env, episode_trigger=lambda episode: True, **videos)
-        for kind in ("deterministic", "stochastic"):
-            print(f"{kind}: {describe(evaluate(actor, env, args.eval_episodes, args.seed, kind == 'deterministic'))}")
-        env.close()
-        return
-
-    targets = copy.deepcopy(critics).requires_grad_(False)
-    target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
-    if args.autotune and target_entropy >= actor.largest_entropy():
-        reach = f"below {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
-        fail(f"--target-entropy must be {reach}")
-    log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
-    beta = torch.tensor(float(args.beta), device=device)
-    adam = partial(torch.optim.Adam, fused=True, capturable=True)
-    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
-    critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
-    alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    learned = {
-        "actor": actor, "critics": critics, "targets": targets, "actor_optimizer": actor_optimizer,
-        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
-    }  # fmt: skip
-    losses = torch.zeros(len(LOSSES), device=device)
-    step, updates, seconds, saved_step, lengths = 0, 0, 0.0, 0, {"returns.csv": 0, "eval.csv": 0}
-    if checkpoint:
-        for name, part in learned.items():
-            part.load_state_dict(checkpoint[name])
-        log_alpha.data.copy_(checkpoint["log_alpha"])
-        losses.copy_(checkpoint["losses"])
-        buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
-        step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
-        saved_step, lengths = step, checkpoint["lengths"]
-        for name, length in lengths.items():
-            if not (run / name).is_file() or (run / name).stat().st_size < length:
-                fail(f"{run / name} is shorter than when the checkpoint was saved: restore it from a copy")
-    else:
-        buffer.refill(data, len(data))
-        print(f"{len(data)} transitions of {files[0] if files else args.env_id}", file=sys.stderr)
-        del data
-
-    if args.track:
-        try:
-            import wandb
-
-            wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-        except ImportError:
-            fail("--track needs wandb: pip install -r benchmark/requirements.txt")
-        except Exception as error:
-            fail(f"--track: {(str(error) or type(error).__name__).splitlines()[0]}")
-    try:
-        run.mkdir(parents=True, exist_ok=bool(checkpoint))
-        used = [str(file.resolve()) for file in files]
-        (run / "args.json").write_text(json.dumps({**asdict(args), "files": used}, indent=2) + "\n")
-        writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
-        csv_files = {name: open(run / name, "r+" if checkpoint else "w", newline="") for name in lengths}
-        for name, length in lengths.items():
-            csv_files[name].truncate(length)
-            csv_files[name].seek(length)
-    except OSError as error:
-        fail(f"cannot write to {run}: {error.strerror}")
-    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    returns_csv, eval_csv = (csv.writer(file, lineterminator="\n") for file in csv_files.values())
-    if not checkpoint:
-        returns_csv.writerow(["step", "return", "length", "success", "seconds"])
-        scored = ["success_rate", "success_low", "success_high", "return", "return_error", "length"]
-        eval_csv.writerow(["step", "phase", "kind", *scored, "episodes", "seconds"])
-
-    eval_env = make_env(args)
-    env.reset(seed=args.seed)
-    env_random = env.unwrapped.np_random.bit_generator
-    episode_return, episode_length, queue = 0.0, 0, np.zeros((0, action_dim), np.float32)
-    if checkpoint:
-        set_random_states(checkpoint["random"], device)
-        env_random.state, episode_length = checkpoint["env_random"], checkpoint["episode_length"]
-        queue = checkpoint["queue"].numpy()
-    episode_random = env_random.state  # before the reset: where this episode can be replayed from
-    obs = to_obs(env.reset()[0])
-    if episode_length:  # the run stopped in an episode: the same reset and actions lead back to the same state
-        for action in buffer.last_actions(min(episode_length, len(buffer))):
-            next_obs, reward, *_ = env.step(to_action(action, env.action_space))
-            obs, episode_return = to_obs(next_obs), episode_return + float(reward)
-        if episode_length > len(buffer) or not np.array_equal(obs, buffer.last_obs()):
-            print("note: the interrupted episode could not be replayed; starting a new one", file=sys.stderr)
-            episode_random, episode_return, episode_length, queue = env_random.state, 0.0, 0, queue[:0]
-            obs = to_obs(env.reset()[0])
-
-    jit = find_compiler(device) if args.compile else lambda function: function
-    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
-    fast_critic_gradients, fast_actor_gradients = jit(critic_gradients), jit(actor_gradients)
-    fast_offline_actor_gradients = jit(offline_actor_gradients)
-    policy_obs = torch.zeros(1, obs_dim, device=device)
-    policy_action = torch.zeros(args.chunk, action_dim, device=device)
-    discount = args.gamma**args.chunk
-
-    # The parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
-    def act() -> None:
-        with torch.no_grad():
-            policy_action.copy_(policy(policy_obs, actor.noise(1)).view_as(policy_action))
-
-    def update(offline: bool) -> None:
-        batch, alpha = buffer.sample(args.batch_size, args.chunk, args.gamma), log_alpha.detach().exp()
-        noise = actor.noise(args.batch_size)
-        loss, q, gradients = fast_critic_gradients(actor, critics, targets, batch, noise, alpha, discount)
-        descend(critic_optimizer, gradients)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
-        losses[:2] = torch.stack([loss, q])
-
-        inputs = actor, critics, batch, actor.noise(args.batch_size), alpha, beta
-        if offline:
-            x0, t = torch.randn_like(noise[0]), torch.rand(args.batch_size, 1, device=device)
-            loss, bc, log_prob, matching, gradients = fast_offline_actor_gradients(*inputs, x0, t)
-        else:
-            loss, bc, log_prob, gradients = fast_actor_gradients(*inputs)
-            matching = torch.zeros_like(loss)
-        descend(actor_optimizer, gradients)
-        loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
-        if args.autotune:
-            descend(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
-        losses[2:] = torch.stack([loss, matching, bc, loss_alpha.detach(), alpha, -log_prob])
-
-    update_offline, update_online = partial(update, True), partial(update, False)
-    if args.compile and args.cuda:
-        act, update_offline, update_online = CudaGraph(act), CudaGraph(update_offline), CudaGraph(update_online)
-
-    history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
-
-    def save() -> None:
-        """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
-        nonlocal saved_step
-        for file in csv_files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        mean_losses()
-        for name in ("actor", "critics"):
-            for parameter, value in learned[name].state_dict().items():
-                if not value.isfinite().all():
-                    diverged(step, f"{name}.{parameter}")
-        state = {name: part.state_dict() for name, part in learned.items()}
-        state.update(
-            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), losses=losses, buffer=buffer.filled(),
-            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start, files=used,
-            lengths={name: file.tell() for name, file in csv_files.items()}, random=random_states(device),
-            env_random=episode_random, episode_length=episode_length, queue=torch.from_numpy(queue.copy()),
-        )  # fmt: skip
-        write(run / "checkpoint.pt", state)
-        saved_step = step
-
-    def kept() -> str:
-        return f"the checkpoint of step {saved_step} is kept: --resume {run}" if saved_step else "no checkpoint yet"
-
-    def diverged(step: int, name: str) -> NoReturn:
-        fail(f"step {step}: {name} is NaN or infinite; {kept()}")
-
-    def mean_losses() -> torch.Tensor:
-        """Means of the losses since the last call, after a check of each: the updates wait for the host only here."""
-        rows = torch.stack([row for _, row in history]).cpu() if history else torch.zeros(1, len(LOSSES))
-        for row, column in (~rows.isfinite()).nonzero().tolist():
-            diverged(history[row][0], LOSSES[column])
-        history.clear()
-        return rows.mean(0)
-
-    def score() -> None:
-        """Evaluate, and write it down. Neither training nor its clock notices."""
-        nonlocal start
-        began, phase = time.time(), "offline" if step <= args.offline_steps else "online"
-        scores = evaluate(actor, eval_env, args.eval_episodes, args.seed)
-        for name, value in scores.items():
-            writer.add_scalar(f"eval/{name}", value, step)
-        elapsed = round(seconds + began - start, 2)
-        values = [f"{value:.5g}" for value in scores.values()]
-        eval_csv.writerow([step, phase, "stochastic", *values, args.eval_episodes, elapsed])
-        csv_files["eval.csv"].flush()
-        tqdm.write(f"step {step}, {phase}: {describe(scores)}")
-        start += time.time() - began
-
-    signals = []  # Ctrl-C or a kill is acted upon at the end of the step; the same again stops at once
-
-    def on_signal(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    total = args.offline_steps + args.online_steps
-    bar = tqdm(total=total, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
-    try:
-        while step < total and not signals:
-            online, done = step >= args.offline_steps, True
-            beta.fill_(args.online_beta if online else args.beta)
-            if online:
-                if not np.isfinite(obs).all():
-                    diverged(step, "observation")
-                if not len(queue):
-                    policy_obs.copy_(torch.from_numpy(obs))
-                    act()
-                    queue = policy_action.cpu().numpy().copy()
-                    if not np.isfinite(queue).all():
-                        mean_losses()  # if a loss diverged before, it is the one to name
-                        diverged(step, "action")
-                action, queue = queue[0], queue[1:]
-                next_obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
-                next_obs, reward = to_obs(next_obs), float(reward)
-                if not math.isfinite(reward):
-                    diverged(step + 1, "reward")
-                if not np.isfinite(next_obs).all():  # before it is stored
-                    diverged(step + 1, "observation")
-                buffer.add(obs, action, reward, terminated, next_obs, follows=episode_length > 0)
-                obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
-                done = terminated or truncated
-            elif step and step % args.rotate_every == 0 and len(files) > 1:
-                data = load_data(files[step // args.rotate_every % len(files)], eval_env, args)
-                buffer.refill(data, len(data))
-            step += 1
-            bar.update()
-
-            if not online or step - args.offline_steps > args.online_start:
-                torch.set_float32_matmul_precision(precision)
-                for _ in range(args.utd if online else 1):
-                    (update_online if online else update_offline)()
-                    updates += 1
-                    history.append((step, losses.clone()))
-                if step % 1000 == 0:
-                    with fork_random(args.seed + step, device):
-                        batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
-                        noise = actor.noise(args.batch_size)
-                    norms = gradient_norms(actor, critics, batch, noise, log_alpha.detach().exp(), beta)
-                    for i, norm in enumerate(norms.tolist()):
-                        writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
-                torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
-                if step % 100 == 0:
-                    means = mean_losses().tolist()
-                    for name, value in zip(LOSSES, means, strict=True):
-                        writer.add_scalar(f"losses/{name}", value, step)
-                    writer.add_scalar("charts/SPS", (step - first_step) / (time.time() - start), step)
-                    writer.add_scalar("charts/online", float(online), step)
-                    recent = f"{np.mean(last_returns):.0f}" if last_returns else "-"
-                    bar.set_postfix({"return": recent, "bc": f"{means[4]:.3g}"}, refresh=False)
-
-            if online and done:
-                elapsed = seconds + time.time() - start
-                writer.add_scalar("charts/episodic_return", episode_return, step)
-                writer.add_scalar("charts/episodic_length", episode_length, step)
-                success = float(info.get("success", math.nan))
-                returns_csv.writerow([step, episode_return, episode_length, success, round(elapsed, 2)])
-                csv_files["returns.csv"].flush()
-                last_returns.append(episode_return)
-                episode_random, episode_return, episode_length, queue = env_random.state, 0.0, 0, queue[:0]
-            if step % args.eval_every == 0 or step in (args.offline_steps, total):
-                score()
-            if done and step - saved_step >= args.save_every:
-                save()
-            if online and done:
-                obs = to_obs(env.reset()[0])
-        save()
-    except OSError as error:
-        fail(f"step {step}: {error}; {kept()}")
-    finally:
-        bar.close()
-        env.close()
-        eval_env.close()
-        for file in (writer, *csv_files.values()):
-            with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
-                file.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    if step < total:
-        print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
-        raise SystemExit(128 + signals[0])
-    print(f"saved in {run}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import warnings
 import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Literal, NoReturn, Optional
 
@@ -90,7 +90,7 @@ class Args:
     """capacity of the replay buffer in transitions"""
     batch_size: int = 256
     """transitions per update"""
-    random_steps: int = 5_000
+    learning_starts: int = 5_000
     """uniformly random actions before learning starts"""
     gamma: float = 0.99
     """discount factor"""
@@ -126,121 +126,6 @@ class Args:
     # Gaussian policy
     policy_dim: int = 256
     """width of the two hidden layers of the network for mean and sigma"""
-
-
-def fail(message: str) -> NoReturn:
-    """Stop with one line on standard error and exit code 2."""
-    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
-    raise SystemExit(2)
-
-
-class ReplayBuffer:
-    """Ring buffer on the training device. A transition is one row, so adding and sampling are one copy each."""
-
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.widths = [obs_dim, action_dim, 1, 1, obs_dim]  # obs, action, reward, terminated, next_obs
-        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
-        self.added = 0  # transitions ever added; the next one goes to row added % capacity
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # len(self) where a CUDA graph can read it
-
-    def __len__(self) -> int:
-        return min(self.added, len(self.rows))
-
-    def add(self, obs, action, reward, terminated, next_obs) -> None:
-        """Store one transition: numpy vectors and scalars. `next_obs` is what the step returned, never a reset's."""
-        row = np.concatenate([obs, action, [reward, terminated], next_obs]).astype(np.float32)
-        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
-        self.added += 1
-        self.size.fill_(len(self))
-
-    def sample(self, batch_size: int) -> list[torch.Tensor]:
-        """Uniform batch: obs (B, obs_dim), action (B, D), reward (B,), terminated (B,), next_obs (B, obs_dim)."""
-        index = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
-        obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, dim=1)
-        return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
-
-    def filled(self) -> torch.Tensor:
-        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
-        return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
-
-    def refill(self, rows: torch.Tensor, added: int) -> None:
-        """Put back what `filled` returned, after `added` transitions."""
-        self.rows[: len(rows)].copy_(rows)
-        self.added = added
-        self.size.fill_(len(self))
-
-    def last_actions(self, n: int) -> np.ndarray:
-        """The last n actions added, oldest first, (n, D)."""
-        index = torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)
-        return self.rows[index].split(self.widths, dim=1)[1].cpu().numpy()
-
-    def last_obs(self) -> np.ndarray:
-        """The next_obs of the last transition added, (obs_dim,)."""
-        return self.rows[(self.added - 1) % len(self.rows)].split(self.widths)[4].cpu().numpy()
-
-
-class BatchRenorm(nn.Module):
-    """Batch renormalisation (Ioffe, 2017) of (B, dim): normalises training batches by the running statistics.
-
-    y = ((x - mean) / std * r + d) * weight + bias,  r = std / running_std,  d = (mean - running_mean) / running_std,
-    with r and d clipped and without gradient. For the first `warmup` batches r = 1, d = 0: plain batch norm.
-    The running statistics are the mean of all batches until there are 1 / (1 - momentum), from then on a moving one.
-    """
-
-    def __init__(self, dim: int, momentum=0.99, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
-        super().__init__()
-        self.momentum, self.eps, self.r_max, self.d_max, self.warmup = momentum, eps, r_max, d_max, warmup
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-        self.register_buffer("running_mean", torch.zeros(dim))
-        self.register_buffer("running_var", torch.ones(dim))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x):
-        # Everything is folded into one scale and one shift per feature, so that after its statistics x is read once.
-        # The stacks put these, and in the backward pass their gradients, into memory: compiled loops over x would
-        # otherwise repeat the roots and divisions at every element.
-        if self.training:
-            var, mean = torch.stack(torch.var_mean(x, dim=0, correction=0))
-            std = torch.sqrt(var + self.eps)
-            with torch.no_grad():
-                running_std = torch.sqrt(self.running_var + self.eps)
-                warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
-                r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
-                d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
-                weight = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
-                self.running_mean.lerp_(mean, weight)
-                self.running_var.lerp_(var, weight)
-                self.batches.add_(1)
-            scale = self.weight * r / std
-            shift = self.bias + self.weight * d - mean * scale
-        else:
-            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-            shift = self.bias - self.running_mean * scale
-        scale, shift = torch.stack([scale, shift])
-        return x * scale + shift
-
-
-def renorm_of(args: Args):
-    """The flags' factory, dim -> module, of what normalises."""
-    return partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
-
-
-class Critic(nn.Module):
-    """Q(s, a): two hidden layers; with `renorm` (a factory, dim -> module) normalised before each Linear, as CrossQ."""
-
-    def __init__(self, obs_dim: int, action_dim: int, dim: int, renorm=lambda dim: nn.Identity()):
-        super().__init__()
-        self.net = nn.Sequential(
-            renorm(obs_dim + action_dim),
-            nn.Linear(obs_dim + action_dim, dim), nn.ReLU(), renorm(dim),
-            nn.Linear(dim, dim), nn.ReLU(), renorm(dim),
-            nn.Linear(dim, 1),
-        )  # fmt: skip
-
-    def forward(self, obs, action):
-        """(B, obs_dim), (B, D) -> (B,)"""
-        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
 
 
 class Actor(nn.Module):
@@ -292,9 +177,63 @@ class Actor(nn.Module):
         return self.rollout(obs, self.noise(len(obs), deterministic))[0]
 
 
-def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
-    """The actor that the flags describe."""
-    return Actor(obs_dim, action_low, action_high, dim=args.policy_dim, renorm=renorm_of(args))
+class BatchRenorm(nn.Module):
+    """Batch renormalisation (Ioffe, 2017) of (B, dim): normalises training batches by the running statistics.
+
+    y = ((x - mean) / std * r + d) * weight + bias,  r = std / running_std,  d = (mean - running_mean) / running_std,
+    with r and d clipped and without gradient. For the first `warmup` batches r = 1, d = 0: plain batch norm.
+    The running statistics are the mean of all batches until there are 1 / (1 - momentum), from then on a moving one.
+    """
+
+    def __init__(self, dim: int, momentum=0.99, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
+        super().__init__()
+        self.momentum, self.eps, self.r_max, self.d_max, self.warmup = momentum, eps, r_max, d_max, warmup
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        # Everything is folded into one scale and one shift per feature, so that after its statistics x is read once.
+        # The stacks put these, and in the backward pass their gradients, into memory: compiled loops over x would
+        # otherwise repeat the roots and divisions at every element.
+        if self.training:
+            var, mean = torch.stack(torch.var_mean(x, dim=0, correction=0))
+            std = torch.sqrt(var + self.eps)
+            with torch.no_grad():
+                running_std = torch.sqrt(self.running_var + self.eps)
+                warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
+                r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
+                d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+                weight = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
+                self.running_mean.lerp_(mean, weight)
+                self.running_var.lerp_(var, weight)
+                self.batches.add_(1)
+            scale = self.weight * r / std
+            shift = self.bias + self.weight * d - mean * scale
+        else:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            shift = self.bias - self.running_mean * scale
+        scale, shift = torch.stack([scale, shift])
+        return x * scale + shift
+
+
+class Critic(nn.Module):
+    """Q(s, a): two hidden layers; with `renorm` (a factory, dim -> module) normalised before each Linear, as CrossQ."""
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int, renorm=lambda dim: nn.Identity()):
+        super().__init__()
+        self.net = nn.Sequential(
+            renorm(obs_dim + action_dim),
+            nn.Linear(obs_dim + action_dim, dim), nn.ReLU(), renorm(dim),
+            nn.Linear(dim, dim), nn.ReLU(), renorm(dim),
+            nn.Linear(dim, 1),
+        )  # fmt: skip
+
+    def forward(self, obs, action):
+        """(B, obs_dim), (B, D) -> (B,)"""
+        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
@@ -315,14 +254,14 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
         with torch.no_grad():
             next_q = torch.stack([target(next_obs, next_action) for target in targets])
     y = reward + gamma * (1 - terminated) * (next_q.amin(0) - alpha * next_log_prob)
-    return 0.5 * (q - y).square().mean(1).sum(), q.detach().mean()
+    return 0.5 * (q - y).square().mean(1).sum(), q.mean()
 
 
 def actor_loss(actor, critics, obs, noise, alpha):
     """mean(alpha log p_c - min_j Q_j(s, a)), its gradient through all K steps. Returns it, mean log p_c, the path."""
     action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
-    return (alpha * log_prob - q).mean(), log_prob.detach().mean(), path
+    return (alpha * log_prob - q).mean(), log_prob.mean(), *path
 
 
 def alpha_loss(log_alpha, log_prob, target_entropy):
@@ -330,20 +269,24 @@ def alpha_loss(log_alpha, log_prob, target_entropy):
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 
-# A loss and its gradients in one function, so that both passes are compiled as one graph, and nothing else is computed.
-def critic_gradients(actor, critics, *inputs):
-    """What `critic_loss` returns, and the loss's gradients by the critics' parameters."""
-    loss, q = critic_loss(actor, critics, *inputs)
-    return loss.detach(), q, torch.autograd.grad(loss, list(critics.parameters()))
+def with_gradients(loss_function, network):
+    """`loss_function` with its gradients in the same graph: function(*inputs) -> loss, *rest, gradients.
+
+    `rest` is every other scalar that the loss function returns, and `gradients` are those of the loss with respect to
+    the parameters of `network`, in their order. As one function both passes compile to one graph, and nothing else is
+    computed: an actor update leaves out the gradients of the critics' parameters.
+    """
+
+    @wraps(loss_function)
+    def function(*inputs):
+        loss, *rest = loss_function(*inputs)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        return loss.detach(), *(value.detach() for value in rest if value.ndim == 0), gradients
+
+    return function
 
 
-def actor_gradients(actor, *inputs):
-    """Loss and mean log p_c of `actor_loss`, and the loss's gradients by the actor's parameters."""
-    loss, log_prob, _ = actor_loss(actor, *inputs)
-    return loss.detach(), log_prob, torch.autograd.grad(loss, list(actor.parameters()))
-
-
-def descend(optimizer, gradients) -> None:
+def apply_gradients(optimizer, gradients) -> None:
     """One step of `optimizer`, given the gradient of each of its parameters, in their order."""
     for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
         parameter.grad = gradient
@@ -358,7 +301,7 @@ def gradient_norms(actor, critics, obs, noise, alpha):
     modes, statistics = (actor.norm.training, critics.training), copy.deepcopy(actor.norm.state_dict())
     actor.norm.train()
     critics.eval()
-    loss, _, path = actor_loss(actor, critics, obs, noise.requires_grad_(), alpha)
+    loss, _, *path = actor_loss(actor, critics, obs, noise.requires_grad_(), alpha)
     gradients = torch.stack(torch.autograd.grad(len(obs) * loss, path))  # (K+1, B, D), the mean of the loss undone
     actor.norm.load_state_dict(statistics)
     actor.norm.train(modes[0])
@@ -366,245 +309,49 @@ def gradient_norms(actor, critics, obs, noise, alpha):
     return gradients.norm(dim=2).mean(1)  # (K+1,)
 
 
-def load(path: Path) -> dict:
-    """Read a checkpoint.pt or policy.pt; stops the program if it is missing, damaged or written by another script."""
-    if not path.is_file():
-        fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load would not notice a flipped bit
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        state = None
-    if state is None:
-        fail(f"{path} is truncated or corrupted: restore it from a copy, or start a new run")
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
-        fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
-    if set(state["args"]) != {field.name for field in fields(Args)}:
-        fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
-    return state
+class ReplayBuffer:
+    """Ring buffer on the training device. A transition is one row, so adding and sampling are one copy each."""
 
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = [obs_dim, action_dim, 1, 1, obs_dim]  # obs, action, reward, terminated, next_obs
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.added = 0  # transitions ever added; the next one goes to row added % capacity
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # len(self) where a CUDA graph can read it
 
-def load_policy(path: str) -> Actor:
-    """The actor of a policy.pt, frozen: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
-    state = load(Path(path))
-    actor = make_actor(Args(**state["args"]), state["obs_dim"], state["action_low"], state["action_high"])
-    actor.load_state_dict(state["actor"])
-    return actor.eval().requires_grad_(False)
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
 
+    def add(self, obs, action, reward, terminated, next_obs) -> None:
+        """Store one transition: numpy vectors and scalars. `next_obs` is what the step returned, never a reset's."""
+        row = np.concatenate([obs, action, [reward, terminated], next_obs]).astype(np.float32)
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        self.added += 1
+        self.size.fill_(len(self))
 
-def write(path: Path, state: dict) -> None:
-    """Write `state` such that at any instant a complete file is there. Raises OSError if it cannot."""
-    temporary = path.with_suffix(".pt.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({error})") from error
+    def sample(self, batch_size: int) -> list[torch.Tensor]:
+        """Uniform batch: obs (B, obs_dim), action (B, D), reward (B,), terminated (B,), next_obs (B, obs_dim)."""
+        index = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
+        obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, dim=1)
+        return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
 
+    def filled(self) -> torch.Tensor:
+        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
+        return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
 
-def random_states(device: torch.device) -> dict:
-    """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
-    name, key, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
+    def refill(self, rows: torch.Tensor, added: int) -> None:
+        """Put back what `filled` returned, after `added` transitions."""
+        self.rows[: len(rows)].copy_(rows)
+        self.added = added
+        self.size.fill_(len(self))
 
+    def last_actions(self, n: int) -> np.ndarray:
+        """The last n actions added, oldest first, (n, D)."""
+        index = torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)
+        return self.rows[index].split(self.widths, dim=1)[1].cpu().numpy()
 
-def set_random_states(states: dict, device: torch.device) -> None:
-    """Undo `random_states`, with a note if the run was saved on another kind of device."""
-    random.setstate(states["python"])
-    name, key, *rest = states["numpy"]
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if (states["cuda"] is not None) != (device.type == "cuda"):
-        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
-    elif states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def seed_random(seed: int) -> None:
-    """Seed the process's random generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def fork_random(seed: int, device: torch.device):
-    """Within it the random generators start from `seed`; after it they are where they were before."""
-    states = random_states(device)
-    seed_random(seed)
-    yield
-    set_random_states(states, device)
-
-
-def parse_args() -> tuple[Args, Optional[dict]]:
-    """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
-    args, checkpoint = tyro.cli(Args, description=__doc__), None
-    if args.resume and args.evaluate:
-        fail("--resume and --evaluate exclude each other")
-    if folder := args.resume or args.evaluate:
-        path = Path(folder)
-        checkpoint = load(path if path.suffix == ".pt" else path / ("checkpoint.pt" if args.resume else "policy.pt"))
-        saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
-        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
-        args = tyro.cli(Args, description=__doc__, default=saved)
-        may_change = {"total_timesteps", "cuda", "compile", "capture_video", "track", "save_every"}
-        may_change |= {"eval_every", "eval_episodes"}
-        for field in fields(Args):
-            old, new = getattr(saved, field.name), getattr(args, field.name)
-            if old != new and field.name not in may_change:
-                fail(f"--{field.name.replace('_', '-')} {new} conflicts with {old} of {folder}: drop the flag")
-        if args.resume and args.total_timesteps <= checkpoint["step"]:
-            fail(f"{folder} has reached step {checkpoint['step']}: raise --total-timesteps to go on")
-
-    def check(ok: bool, name: str, requirement: str) -> None:
-        if not ok:
-            fail(f"--{name.replace('_', '-')} must be {requirement}, not {getattr(args, name)}")
-
-    for field in fields(Args):
-        value = getattr(args, field.name)
-        if field.name in ("seed", "random_steps", "renorm_warmup", "eval_every"):
-            check(0 <= value < 2**32, field.name, "0 or more, and below 2^32")
-        elif type(value) is int:
-            check(value >= 1, field.name, "1 or more")
-        elif field.name.endswith("_lr") or field.name == "alpha":
-            check(0 < value < math.inf, field.name, "above 0")
-    check(0 <= args.gamma <= 1, "gamma", "in [0, 1]")
-    check(0 <= args.adam_b1 < 1, "adam_b1", "in [0, 1)")
-    check(0 < args.tau <= 1, "tau", "in (0, 1]")
-    check(0 <= args.actor_average < 1, "actor_average", "in [0, 1)")
-    check(args.target_entropy is None or math.isfinite(args.target_entropy), "target_entropy", "finite")
-    check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
-    if args.cuda and not torch.cuda.is_available():
-        fail("--cuda: this torch finds no CUDA device; use --no-cuda")
-    return args, checkpoint
-
-
-def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
-    """gym.make with one-line errors for environments that do not exist or that this script cannot control."""
-    warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the paper reports
-    try:
-        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-    except Exception as error:  # a user's environment may raise anything
-        fail(f"--env-id {env_id}: {(str(error) or type(error).__name__).splitlines()[0]}")
-    obs, action = env.observation_space, env.action_space
-    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
-        fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
-    if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
-        fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
-    extent = action.high.astype(np.float32) - action.low.astype(np.float32)
-    if not (np.isfinite(extent).all() and (extent > 0).all()):
-        fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
-    return env
-
-
-def check_video(env: gym.Env) -> None:
-    """Refuse --capture-video where it cannot work; `env` is made with render_mode="rgb_array"."""
-    try:
-        import moviepy  # noqa: F401
-    except ImportError:
-        fail("--capture-video needs moviepy: pip install -r benchmark/requirements.txt")
-    try:
-        env.reset(seed=0)
-        env.render()
-    except Exception as error:
-        fail(f"--capture-video: cannot render here ({error}); without a display set MUJOCO_GL=egl or osmesa")
-
-
-def to_obs(obs) -> np.ndarray:
-    """An environment's observation as float32, the type in which it is stored and fed to the networks."""
-    return np.asarray(obs, dtype=np.float32)
-
-
-def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
-    return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
-
-
-def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
-    """Play episodes, reset with seed + 0, 1, ...; `act` maps obs (obs_dim,) to an action (D,), both numpy.
-
-    Returns their mean return with its standard error, and their mean length.
-    """
-    returns, lengths = np.zeros(episodes), np.zeros(episodes)
-    for i in range(episodes):
-        obs, done = env.reset(seed=seed + i)[0], False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(to_action(act(to_obs(obs)), env.action_space))
-            returns[i] += float(reward)
-            lengths[i] += 1
-            done = terminated or truncated
-    error = returns.std() / math.sqrt(episodes)
-    return {"return": returns.mean(), "return_error": error, "length": lengths.mean()}
-
-
-def describe(scores: dict[str, float]) -> str:
-    """An evaluation in a line."""
-    return f"return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
-
-
-def find_compiler(device: torch.device):
-    """torch.compile if it works on this machine, else the identity and a note."""
-    try:
-        torch.compiler.reset()  # no guard would tell what an earlier run in this process compiled from this run's
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-        print("the first update compiles the losses, for a minute or two", file=sys.stderr)
-        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
-        options = {
-            # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
-            "guard_filter_fn": lambda guards: [False] * len(guards),
-            # Products of one row, the policy's, become sums that are compiled with the rest: a call costs more.
-            "post_grad_fusion_options": {"decompose_mm_pass": {}},
-        }
-        return lambda function: torch.compile(function, dynamic=False, options=dict(options))  # it takes items out
-    except Exception:
-        print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
-        return lambda function: function
-
-
-def matmul_precision(device: torch.device, bf16: bool) -> str:
-    """The precision to ask for in the updates: "medium" if products may be rounded, or if it rounds nothing here.
-
-    On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
-    computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
-    """
-    x = torch.rand(256, 256, device=device)
-    torch.set_float32_matmul_precision("medium")
-    medium = x @ x
-    torch.set_float32_matmul_precision("highest")
-    return "medium" if bf16 or torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
-
-
-class CudaGraph:
-    """`function()` as one CUDA graph: its launch costs the host one call in place of one for every kernel.
-
-    The function takes nothing and returns nothing: it works on tensors that live as long as it does, and draws from
-    the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
-    """
-
-    def __init__(self, function, plain_calls: int = 3):
-        self.function, self.plain_calls, self.graph = function, plain_calls, None
-        self.stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
-
-    def __call__(self) -> None:
-        if self.plain_calls:
-            self.plain_calls -= 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.function()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, runs nothing
-                self.function()
-        self.graph.replay()
+    def last_obs(self) -> np.ndarray:
+        """The next_obs of the last transition added, (obs_dim,)."""
+        return self.rows[(self.added - 1) % len(self.rows)].split(self.widths)[4].cpu().numpy()
 
 
 def main() -> None:
@@ -736,7 +483,8 @@ def main() -> None:
     jit = find_compiler(device) if args.compile else lambda function: function
     policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
     averaged_policy = jit(lambda obs, noise: average.rollout(obs, noise)[0])
-    fast_critic_gradients, fast_actor_gradients = jit(critic_gradients), jit(actor_gradients)
+    critic_gradients = jit(with_gradients(critic_loss, critics))
+    actor_gradients = jit(with_gradients(actor_loss, actor))
 
     # What runs on the device: actions, to train and to evaluate, and the updates. Nothing is taken or returned, so that
     # each can be a CUDA graph.
@@ -750,8 +498,8 @@ def main() -> None:
 
     def update_critic() -> None:
         batch, noise, alpha = buffer.sample(args.batch_size), actor.noise(args.batch_size), log_alpha.detach().exp()
-        loss, q, gradients = fast_critic_gradients(actor, critics, targets, batch, noise, alpha, args.gamma)
-        descend(critic_optimizer, gradients)
+        loss, q, gradients = critic_gradients(actor, critics, targets, batch, noise, alpha, args.gamma)
+        apply_gradients(critic_optimizer, gradients)
         if targets:
             with torch.no_grad():
                 torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
@@ -761,15 +509,15 @@ def main() -> None:
         (obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
         actor.norm.train()  # it normalises by running statistics, but for its own update
         critics.eval()
-        loss, log_prob, gradients = fast_actor_gradients(actor, critics, obs, actor.noise(args.batch_size), alpha)
-        descend(actor_optimizer, gradients)
+        loss, log_prob, gradients = actor_gradients(actor, critics, obs, actor.noise(args.batch_size), alpha)
+        apply_gradients(actor_optimizer, gradients)
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(actor.parameters()), 1 - args.actor_average)
         actor.norm.eval()
         critics.train()
         loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
         if args.autotune:
-            descend(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
+            apply_gradients(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
         losses[2:] = torch.stack([loss, loss_alpha.detach(), alpha, -log_prob])
 
     if args.compile and args.cuda:
@@ -858,7 +606,7 @@ def main() -> None:
         while step < args.total_timesteps and not signals:
             if not np.isfinite(obs).all():
                 diverged(step, "observation")
-            if step < args.random_steps:
+            if step < args.learning_starts:
                 action = env.action_space.sample().ravel().astype(np.float32)
             else:
                 action = choose(obs)
@@ -875,7 +623,7 @@ def main() -> None:
             obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
             bar.update()
 
-            if step > args.random_steps:
+            if step > args.learning_starts:
                 torch.set_float32_matmul_precision(precision)
                 update_critic()
                 if updates % args.actor_delay == 0:
@@ -931,6 +679,272 @@ def main() -> None:
         print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
         raise SystemExit(128 + signals[0])
     print(f"saved in {run}")
+
+
+# Plumbing: nothing below is the algorithm
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line on standard error and exit code 2."""
+    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
+    raise SystemExit(2)
+
+
+def parse_args() -> tuple[Args, Optional[dict]]:
+    """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
+    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    if args.resume and args.evaluate:
+        fail("--resume and --evaluate exclude each other")
+    if folder := args.resume or args.evaluate:
+        path = Path(folder)
+        checkpoint = load(path if path.suffix == ".pt" else path / ("checkpoint.pt" if args.resume else "policy.pt"))
+        saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
+        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
+        args = tyro.cli(Args, description=__doc__, default=saved)
+        may_change = {"total_timesteps", "cuda", "compile", "capture_video", "track", "save_every"}
+        may_change |= {"eval_every", "eval_episodes"}
+        for field in fields(Args):
+            old, new = getattr(saved, field.name), getattr(args, field.name)
+            if old != new and field.name not in may_change:
+                fail(f"--{field.name.replace('_', '-')} {new} conflicts with {old} of {folder}: drop the flag")
+        if args.resume and args.total_timesteps <= checkpoint["step"]:
+            fail(f"{folder} has reached step {checkpoint['step']}: raise --total-timesteps to go on")
+
+    def check(ok: bool, name: str, requirement: str) -> None:
+        if not ok:
+            fail(f"--{name.replace('_', '-')} must be {requirement}, not {getattr(args, name)}")
+
+    for field in fields(Args):
+        value = getattr(args, field.name)
+        if field.name in ("seed", "learning_starts", "renorm_warmup", "eval_every"):
+            check(0 <= value < 2**32, field.name, "0 or more, and below 2^32")
+        elif type(value) is int:
+            check(value >= 1, field.name, "1 or more")
+        elif field.name.endswith("_lr") or field.name == "alpha":
+            check(0 < value < math.inf, field.name, "above 0")
+    check(0 <= args.gamma <= 1, "gamma", "in [0, 1]")
+    check(0 <= args.adam_b1 < 1, "adam_b1", "in [0, 1)")
+    check(0 < args.tau <= 1, "tau", "in (0, 1]")
+    check(0 <= args.actor_average < 1, "actor_average", "in [0, 1)")
+    check(args.target_entropy is None or math.isfinite(args.target_entropy), "target_entropy", "finite")
+    check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda: this torch finds no CUDA device; use --no-cuda")
+    return args, checkpoint
+
+
+def renorm_of(args: Args):
+    """The flags' factory, dim -> module, of what normalises."""
+    return partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
+
+
+def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
+    """The actor that the flags describe."""
+    return Actor(obs_dim, action_low, action_high, dim=args.policy_dim, renorm=renorm_of(args))
+
+
+def write(path: Path, state: dict) -> None:
+    """Write `state` such that at any instant a complete file is there. Raises OSError if it cannot."""
+    temporary = path.with_suffix(".pt.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path} ({error})") from error
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint.pt or policy.pt; stops the program if it is missing, damaged or written by another script."""
+    if not path.is_file():
+        fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load would not notice a flipped bit
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        state = None
+    if state is None:
+        fail(f"{path} is truncated or corrupted: restore it from a copy, or start a new run")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
+        fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
+    if set(state["args"]) != {field.name for field in fields(Args)}:
+        fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
+    return state
+
+
+def load_policy(path: str) -> Actor:
+    """The actor of a policy.pt, frozen: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
+    state = load(Path(path))
+    actor = make_actor(Args(**state["args"]), state["obs_dim"], state["action_low"], state["action_high"])
+    actor.load_state_dict(state["actor"])
+    return actor.eval().requires_grad_(False)
+
+
+def random_states(device: torch.device) -> dict:
+    """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
+    name, key, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
+
+
+def set_random_states(states: dict, device: torch.device) -> None:
+    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    random.setstate(states["python"])
+    name, key, *rest = states["numpy"]
+    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if (states["cuda"] is not None) != (device.type == "cuda"):
+        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+    elif states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def seed_random(seed: int) -> None:
+    """Seed the process's random generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def fork_random(seed: int, device: torch.device):
+    """Within it the random generators start from `seed`; after it they are where they were before."""
+    states = random_states(device)
+    seed_random(seed)
+    yield
+    set_random_states(states, device)
+
+
+def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
+    """gym.make with one-line errors for environments that do not exist or that this script cannot control."""
+    warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the paper reports
+    try:
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+    except Exception as error:  # a user's environment may raise anything
+        fail(f"--env-id {env_id}: {(str(error) or type(error).__name__).splitlines()[0]}")
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
+    if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
+        fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
+    extent = action.high.astype(np.float32) - action.low.astype(np.float32)
+    if not (np.isfinite(extent).all() and (extent > 0).all()):
+        fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
+    return env
+
+
+def check_video(env: gym.Env) -> None:
+    """Refuse --capture-video where it cannot work; `env` is made with render_mode="rgb_array"."""
+    try:
+        import moviepy  # noqa: F401
+    except ImportError:
+        fail("--capture-video needs moviepy: pip install -r benchmark/requirements.txt")
+    try:
+        env.reset(seed=0)
+        env.render()
+    except Exception as error:
+        fail(f"--capture-video: cannot render here ({error}); without a display set MUJOCO_GL=egl or osmesa")
+
+
+def to_obs(obs) -> np.ndarray:
+    """An environment's observation as float32, the type in which it is stored and fed to the networks."""
+    return np.asarray(obs, dtype=np.float32)
+
+
+def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
+    return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
+
+
+def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
+    """Play episodes, reset with seed + 0, 1, ...; `act` maps obs (obs_dim,) to an action (D,), both numpy.
+
+    Returns their mean return with its standard error, and their mean length.
+    """
+    returns, lengths = np.zeros(episodes), np.zeros(episodes)
+    for i in range(episodes):
+        obs, done = env.reset(seed=seed + i)[0], False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(to_action(act(to_obs(obs)), env.action_space))
+            returns[i] += float(reward)
+            lengths[i] += 1
+            done = terminated or truncated
+    error = returns.std() / math.sqrt(episodes)
+    return {"return": returns.mean(), "return_error": error, "length": lengths.mean()}
+
+
+def describe(scores: dict[str, float]) -> str:
+    """An evaluation in a line."""
+    return f"return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
+
+
+def find_compiler(device: torch.device):
+    """torch.compile if it works on this machine, else the identity and a note."""
+    options = {
+        # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
+        "guard_filter_fn": lambda guards: [False] * len(guards),
+        # Products of one row, the policy's, become sums that are compiled with the rest: a call costs more.
+        "post_grad_fusion_options": {"decompose_mm_pass": {}},
+    }
+
+    def jit(function):
+        # Guards are off, so closures of one text would share the first one's graph: each gets its own code object.
+        function.__code__ = function.__code__.replace()
+        return torch.compile(function, dynamic=False, options=dict(options))  # it takes items out of its options
+
+    try:
+        torch.compiler.reset()  # guards are off, so graphs of an earlier run in this process would be reused
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        print("the first update compiles the losses, for a minute or two", file=sys.stderr)
+        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
+        return jit
+    except Exception:
+        print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
+        return lambda function: function
+
+
+def matmul_precision(device: torch.device, bf16: bool) -> str:
+    """The precision to ask for in the updates: "medium" if products may be rounded, or if it rounds nothing here.
+
+    On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
+    computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
+    """
+    x = torch.rand(256, 256, device=device)
+    torch.set_float32_matmul_precision("medium")
+    medium = x @ x
+    torch.set_float32_matmul_precision("highest")
+    return "medium" if bf16 or torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
+
+
+class CudaGraph:
+    """`function()` as one CUDA graph: its launch costs the host one call in place of one for every kernel.
+
+    The function takes nothing and returns nothing: it works on tensors that live as long as it does, and draws from
+    the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
+    """
+
+    def __init__(self, function, plain_calls: int = 3):
+        self.function, self.plain_calls, self.graph = function, plain_calls, None
+        self.stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
+
+    def __call__(self) -> None:
+        if self.plain_calls:
+            self.plain_calls -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, runs nothing
+                self.function()
+        self.graph.replay()
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class Clock:
     """Adds up the time that a script's functions take, by part of the step."""
 
     def __init__(self, job: dict):
-        self.seconds, self.warm_up = job["seconds"], job["random_steps"] + job["warm_up"]
+        self.seconds, self.warm_up = job["seconds"], job["learning_starts"] + job["warm_up"]
         self.limit = job["steps"]  # or None
         self.spent, self.first_calls, self.steps, self.part = dict.fromkeys(PARTS, 0.0), {}, 0, None
         self.first_step = self.measured_from = None
@@ -123,10 +123,14 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
     """Train with the script `job` names, its functions clocked, until the clock has seen enough."""
     sys.path[:0] = [job["root"], str(Path(job["root"]) / "benchmark")]
     script = importlib.reload(importlib.import_module(job["script"]))
-    flags = [*flags, "--eval-every", "0"] if hasattr(script.Args, "eval_every") else flags  # older versions have none
+    if hasattr(script.Args, "eval_every"):  # older versions have none
+        flags = [*flags, "--eval-every", "0"]
+    learning_starts = "--learning-starts" if hasattr(script.Args, "learning_starts") else "--random-steps"
+    flags = [*flags, learning_starts, str(job["learning_starts"])]
     make_env, find_compiler = script.make_env, script.find_compiler
-    kind = "gradients" if hasattr(script, "critic_gradients") else "loss"  # older versions: the forward pass alone
+    kind = "gradients" if hasattr(script, "critic_gradients") else "loss"  # the oldest versions: the forward pass alone
     losses = {f"{part}_{kind}": part for part in ("critic", "actor")}
+    step = "apply_gradients" if hasattr(script, "apply_gradients") else "descend"
 
     def clocked_env(*args):
         env = make_env(*args)
@@ -144,11 +148,14 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
         return lambda function: clock.timed(losses.get(function.__name__, "act"), compile(function))
 
     script.make_env, script.find_compiler = clocked_env, clocked_compiler
-    if "--no-compile" in flags:  # the rollout of one observation is then part of the rest
+    if "--no-compile" in flags and hasattr(script, "with_gradients"):  # a rollout of one is then part of the rest
+        with_gradients = script.with_gradients
+        script.with_gradients = lambda loss, network: clock.timed(losses[loss.__name__], with_gradients(loss, network))
+    elif "--no-compile" in flags:
         for name, part in losses.items():
             setattr(script, name, clock.timed(part, getattr(script, name)))
     if not clock.cuda or "--no-compile" in flags:
-        script.descend = clock.timed(None, script.descend)
+        setattr(script, step, clock.timed(None, getattr(script, step)))
     else:  # there a part is a graph: its functions run inside only to be recorded
 
         class Graph(script.CudaGraph):
@@ -175,7 +182,7 @@ def child(job: dict) -> None:
     import torch
 
     torch.set_num_threads(len(job["cores"]))
-    flags = ["--env-id", "Hopper-v4", "--random-steps", str(job["random_steps"]), *job["flags"].split()]
+    flags = ["--env-id", "Hopper-v4", *job["flags"].split()]
     flags += ["--cuda" if job["device"] == "cuda" else "--no-cuda"]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -190,7 +197,7 @@ def child(job: dict) -> None:
         # FLOPs of six steps (two of the actor's updates at the default delay), counted in eager mode on the CPU.
         from torch.utils.flop_counter import FlopCounterMode
 
-        count = Clock({**job, "seconds": 1e9, "warm_up": 1, "steps": job["random_steps"] + 7, "device": "cpu"})
+        count = Clock({**job, "seconds": 1e9, "warm_up": 1, "steps": job["learning_starts"] + 7, "device": "cpu"})
         counter = FlopCounterMode(display=False)
         begin = count.step
         totals = []
@@ -255,7 +262,7 @@ def main() -> None:
             for script in args.scripts:
                 job = dict(
                     script=script, name=name, flags=flags, device=args.device, cores=args.cores, seconds=args.seconds,
-                    random_steps=1000, warm_up=40, steps=None, root=str(args.root.resolve()),
+                    learning_starts=1000, warm_up=40, steps=None, root=str(args.root.resolve()),
                 )  # fmt: skip
                 done = subprocess.run(
                     [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True

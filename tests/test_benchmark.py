@@ -38,7 +38,7 @@ def program(name, folder, *flags):
 
 
 def test_gradient_norms_of_runs(start, tmp_path):
-    flags = ["--env-id", "InvertedPendulum-v4", "--random-steps", 100, "--total-timesteps", 120, "--flow-steps", 2]
+    flags = ["--env-id", "InvertedPendulum-v4", "--learning-starts", 100, "--total-timesteps", 120, "--flow-steps", 2]
     for name in ("sac_flow_naive", "sac_flow_t"):
         assert start(*flags, *SMALL, name=name).returncode == 0
     runs = sorted((tmp_path / "runs").iterdir())
@@ -85,7 +85,7 @@ def test_notebook_runs_from_top_to_bottom():
 
 
 def test_frozen_critic(start, tmp_path):
-    flags = ["--env-id", "InvertedPendulum-v4", "--random-steps", 100, "--total-timesteps", 120]
+    flags = ["--env-id", "InvertedPendulum-v4", "--learning-starts", 100, "--total-timesteps", 120]
     assert start(*flags, *SMALL, name="sac_flow_g").returncode == 0
     (run,) = (tmp_path / "runs").iterdir()
     few = ["--flow-steps", 2, "--weight-scales", 1, 3, "--seeds", 2, "--updates", 25, "--out", tmp_path / "out"]

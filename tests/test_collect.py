@@ -123,7 +123,7 @@ def test_ogbench_loads_what_is_collected(start, tmp_path):
 
 def test_minari_loads_what_a_policy_played(start, tmp_path, monkeypatch):
     minari = pytest.importorskip("minari")
-    flags = ["--env-id", "InvertedPendulum-v5", "--random-steps", 100, "--total-timesteps", 120]
+    flags = ["--env-id", "InvertedPendulum-v5", "--learning-starts", 100, "--total-timesteps", 120]
     assert start(*flags, *SMALL, name="sac_flow_g").returncode == 0
     (run,) = (tmp_path / "runs").iterdir()
     name, root = "mujoco/invertedpendulum/sac-flow-v0", tmp_path / "minari"

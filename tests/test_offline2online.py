@@ -149,7 +149,7 @@ def clone(actions, velocity="plain", updates=1000):
         batch = [obs[index], data[index], torch.ones_like(data[index])]
         noise = torch.randn_like(data[index])
         loss = script.flow_matching_loss(actor, batch, noise, torch.rand(256, 1))
-        script.descend(optimizer, torch.autograd.grad(loss, list(actor.parameters())))
+        script.apply_gradients(optimizer, torch.autograd.grad(loss, list(actor.parameters())))
     return actor
 
 
@@ -201,7 +201,7 @@ def test_critic_loss_uses_the_mean_of_the_targets_on_valid_chunks_alone():
 def test_actor_loss_weighs_bc_where_the_data_is_its_own():
     critics, obs = nn.ModuleList([Table(1.0), Table(3.0)]), torch.tensor([[1.0], [2.0]])
     batch = [obs, torch.tensor([[0.0], [5.0]]), torch.tensor([[1.0], [0.0]])]
-    loss, bc, log_prob, _ = script.actor_loss(FixedPolicy(), critics, batch, None, 0.1, torch.tensor(7.0))
+    loss, bc, log_prob, *_ = script.actor_loss(FixedPolicy(), critics, batch, None, 0.1, torch.tensor(7.0))
     q = 2 * (obs + obs).mean()  # the mean of both critics
     torch.testing.assert_close(bc, torch.tensor(0.5))  # (1 - 0)^2 over a batch of two; the other is beyond its episode
     torch.testing.assert_close(loss, 0.1 * 15 - q + 7 * 0.5)
@@ -245,7 +245,7 @@ def test_what_the_scripts_share_is_the_same_text():
         body = re.search(rf"^(?:def|class) {start}\b.*?(?=\n\n\n)", text, re.S | re.M)[0]
         return body.replace("DecodedVelocity", "Velocity")
 
-    shared = "fail TimeEmbedding alpha_loss critic_gradients descend load write random_states seed_random "
+    shared = "fail TimeEmbedding alpha_loss with_gradients apply_gradients load write random_states seed_random "
     shared += "set_random_states fork_random check_video to_obs to_action find_compiler matmul_precision CudaGraph"
     for name in shared.split():
         assert part(text, name) == part(g, name), name

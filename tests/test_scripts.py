@@ -16,7 +16,7 @@ import torch
 from conftest import SMALL, assert_same, checkpoint, command, the_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-PENDULUM = ["--env-id", "InvertedPendulum-v4", "--random-steps", "100", *SMALL]
+PENDULUM = ["--env-id", "InvertedPendulum-v4", "--learning-starts", "100", *SMALL]
 HOPPER = ["--env-id", "Hopper-v4", *SMALL]
 
 
@@ -28,7 +28,7 @@ def returns(run: Path, name: str = "returns.csv") -> list[list[str]]:
 @pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "Humanoid-v4", "InvertedPendulum-v4"])
 def test_300_steps(run, tmp_path, env_id, crossq):
-    done = run("--env-id", env_id, crossq, "--total-timesteps", 300, "--random-steps", 200, *SMALL)
+    done = run("--env-id", env_id, crossq, "--total-timesteps", 300, "--learning-starts", 200, *SMALL)
     assert done.returncode == 0, done.stderr
     assert "deterministic: return" in done.stdout and "stochastic: return" in done.stdout
     state = checkpoint(the_run(tmp_path))
@@ -39,7 +39,7 @@ def test_300_steps(run, tmp_path, env_id, crossq):
 def test_compiled_with_target_networks(run, tmp_path):
     """With tau = 1 the target networks are the critics; a fixed alpha stays where it is."""
     flags = ["--no-crossq", "--tau", 1, "--no-autotune", "--alpha", 0.25, "--compile", "--env-id", "Humanoid-v4"]
-    done = run(*SMALL, *flags, "--flow-steps", 1, "--total-timesteps", 230, "--random-steps", 200)
+    done = run(*SMALL, *flags, "--flow-steps", 1, "--total-timesteps", 230, "--learning-starts", 200)
     assert done.returncode == 0 and "going on without it" not in done.stderr, done.stderr
     state = checkpoint(the_run(tmp_path))
     assert_same(state["targets"], state["critics"])
@@ -64,7 +64,7 @@ def test_compiled_is_eager(run, tmp_path, device):
 
 
 def test_without_a_compiler_it_goes_on(run, tmp_path):
-    flags = ["--env-id", "InvertedPendulum-v4", "--total-timesteps", 120, "--random-steps", 100, *SMALL, "--compile"]
+    flags = ["--env-id", "InvertedPendulum-v4", "--total-timesteps", 120, "--learning-starts", 100, *SMALL, "--compile"]
     none = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": "/nowhere"}
     done = run(*flags, env=none)
     assert done.returncode == 0 and "going on without it" in done.stderr
@@ -125,7 +125,7 @@ def test_same_seed_same_run_other_seed_other_run(run, tmp_path):
 
 
 def test_terminal_and_truncated_transitions(run, tmp_path):
-    done = run("--env-id", "tiny_envs:Scripted-v0", "--total-timesteps", 48, "--random-steps", 40, *SMALL)
+    done = run("--env-id", "tiny_envs:Scripted-v0", "--total-timesteps", 48, "--learning-starts", 40, *SMALL)
     assert done.returncode == 0, done.stderr
     rows = checkpoint(the_run(tmp_path))["buffer"]
     obs, reward, terminated, next_obs = rows[:, :3], rows[:, 5], rows[:, 6], rows[:, 7:]
@@ -138,7 +138,8 @@ def test_terminal_and_truncated_transitions(run, tmp_path):
 
 @pytest.mark.parametrize("control", ["sac_flow_naive", "sac_gaussian"])
 def test_controls_run_resume_and_evaluate_alike(tmp_path, control, start):
-    flags = ["--env-id", "InvertedPendulum-v4", "--random-steps", 100, "--no-compile", "--no-cuda", "--total-timesteps"]
+    flags = ["--env-id", "InvertedPendulum-v4", "--learning-starts", 100, "--no-compile", "--no-cuda"]
+    flags.append("--total-timesteps")
     done = start(*flags, 150, name=control)
     assert done.returncode == 0, done.stderr
     whole = the_run(tmp_path).rename(tmp_path / "whole")
@@ -169,7 +170,7 @@ def main(tmp_path, monkeypatch):
 
 def test_measuring_leaves_training_as_it_is(script, main, monkeypatch):
     """Evaluations and gradient norms draw random numbers, run the networks and step an environment of their own."""
-    flags = ["--env-id", "tiny_envs:Dice-v0", "--total-timesteps", 200, "--random-steps", 50, *SMALL]
+    flags = ["--env-id", "tiny_envs:Dice-v0", "--total-timesteps", 200, "--learning-starts", 50, *SMALL]
     measured = main(script, *flags, "--eval-every", 30, "--actor-delay", 1)
     assert len(returns(measured, "eval.csv")) == 1 + 7 + 1
     monkeypatch.setattr(script, "gradient_norms", lambda actor, critics, obs, noise, alpha: torch.zeros(5))
@@ -214,10 +215,10 @@ def test_load_policy_is_the_averaged_actor(script, main, tmp_path, capsys):
 def test_average_is_the_moving_average_of_the_actors_weights(script, main, monkeypatch):
     """With decay 0 the last weights; else what a_n = decay a_{n-1} + (1 - decay) w_n makes of them."""
     weights, flags = [], [*PENDULUM, "--total-timesteps", 130, "--actor-delay", 1]
-    descend = script.descend
+    apply_gradients = script.apply_gradients
 
     def recorded(optimizer, gradients):
-        descend(optimizer, gradients)
+        apply_gradients(optimizer, gradients)
         parameters = optimizer.param_groups[0]["params"]
         if any(parameter is weights[0] for parameter in parameters):
             weights.append(weights[0].detach().clone())
@@ -230,7 +231,7 @@ def test_average_is_the_moving_average_of_the_actors_weights(script, main, monke
             starts.append(self.start)
 
     starts = []
-    monkeypatch.setattr(script, "descend", recorded)
+    monkeypatch.setattr(script, "apply_gradients", recorded)
     monkeypatch.setattr(script, "Actor", Recorded)
     for decay in (0, 0.8):
         average = checkpoint(main(script, *flags, "--actor-average", decay))["average"]["sigma_net.0.weight"]
@@ -276,7 +277,7 @@ def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
 @pytest.mark.parametrize("kind", [[*PENDULUM, "--compile"], [*HOPPER, "--crossq"], [*HOPPER, "--no-crossq"]])
 def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     """The end of a run falls into an episode, which is replayed."""
-    flags = [*kind, "--random-steps", 300]
+    flags = [*kind, "--learning-starts", 300]
     flags += ["--eval-every", 100]
     assert run(*flags, "--total-timesteps", 400).returncode == 0
     whole = the_run(tmp_path).rename(tmp_path / "whole")
@@ -292,7 +293,7 @@ def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
 
 
 def test_environment_that_cannot_be_replayed_starts_a_new_episode(run, tmp_path):
-    flags = ["--env-id", "tiny_envs:Scripted-v0", "--random-steps", 40, *SMALL]
+    flags = ["--env-id", "tiny_envs:Scripted-v0", "--learning-starts", 40, *SMALL]
     assert run(*flags, "--total-timesteps", 50).returncode == 0  # its episode number survives in no random generator
     folder = the_run(tmp_path)
     done = run("--resume", folder, "--total-timesteps", 60)
@@ -376,7 +377,7 @@ def assert_refused(done, *words):
         ("--total-timesteps -1", "--total-timesteps"),
         ("--buffer-size 0", "--buffer-size"),
         ("--actor-delay 0", "--actor-delay"),
-        ("--random-steps -1", "--random-steps"),
+        ("--learning-starts -1", "--learning-starts"),
         ("--save-every 0", "--save-every"),
         ("--gamma 1.5", "--gamma"),
         ("--tau 0", "--tau"),
@@ -460,7 +461,7 @@ def test_bad_checkpoints(run, name, tmp_path):
     ],
 )
 def test_nan_from_the_environment_stops_the_run_and_keeps_the_checkpoint(run, tmp_path, env, step, bad):
-    flags = ["--env-id", f"tiny_envs:{env}-v0", "--total-timesteps", 100, "--random-steps", 20, *SMALL]
+    flags = ["--env-id", f"tiny_envs:{env}-v0", "--total-timesteps", 100, "--learning-starts", 20, *SMALL]
     assert_refused(run(*flags, "--save-every", 40), f"step {step}", bad, "checkpoint of step 43")
     assert checkpoint(the_run(tmp_path))["step"] == 43
 
@@ -488,7 +489,7 @@ def test_diverging_loss_is_named_and_never_saved(script, tmp_path, monkeypatch, 
 
 def test_full_disk_while_saving(run, tmp_path):
     """A limit on file sizes stands for the full disk; the buffer's growth hits it."""
-    flags = [*PENDULUM, "--total-timesteps", 4000, "--random-steps", 3900, "--save-every", 300]
+    flags = [*PENDULUM, "--total-timesteps", 4000, "--learning-starts", 3900, "--save-every", 300]
     limit = 130_000
     done = run(*flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert_refused(done, "could not write", "the checkpoint of step", "is kept", "--resume")
@@ -505,7 +506,7 @@ def test_full_disk_while_saving(run, tmp_path):
 @pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
 def test_learns_to_walk_home(run, tmp_path, crossq):
     """Home-v0: ten starts |x| of 1 on average; standing still returns -10, walking straight home about -2.5."""
-    flags = "--env-id tiny_envs:Home-v0 --total-timesteps 1300 --random-steps 300 --actor-delay 1".split()
+    flags = "--env-id tiny_envs:Home-v0 --total-timesteps 1300 --learning-starts 300 --actor-delay 1".split()
     done = run(*SMALL, *flags, "--critic-dim", 64, "--batch-size", 64, crossq)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("deterministic: return")[1].split()[0]) > -5, done.stdout

@@ -109,7 +109,7 @@ def test_alpha_moves_the_entropy_towards_its_target(script, entropy, direction):
     for target in (0.0, -2.0, 2.0):  # below and above, whatever the target
         before = log_alpha.item()
         loss = script.alpha_loss(log_alpha, torch.tensor(-(target + entropy)), target)
-        script.descend(torch.optim.Adam([log_alpha], lr=1e-2), torch.autograd.grad(loss, [log_alpha]))
+        script.apply_gradients(torch.optim.Adam([log_alpha], lr=1e-2), torch.autograd.grad(loss, [log_alpha]))
         assert direction * (log_alpha.item() - before) > 0  # too little entropy raises alpha, too much lowers it
 
 
@@ -145,7 +145,7 @@ def test_crossq_forward_is_joint(script):
 def test_actor_loss_flows_through_every_step(script):
     actor, critics = script.Actor(2, [-1.0], [1.0]), nn.ModuleList(script.Critic(2, 1, 8) for _ in range(2))
     obs, noise = torch.randn(16, 2), torch.randn(5, 16, 1)
-    loss, log_prob, path = script.actor_loss(actor, critics, obs, noise, 0.1)
+    loss, log_prob, *path = script.actor_loss(actor, critics, obs, noise, 0.1)
     action, expected_log_prob, expected_path = actor.rollout(obs, noise)
     torch.testing.assert_close(path, expected_path)
     q = torch.minimum(critics[0](obs, action), critics[1](obs, action))
@@ -183,19 +183,22 @@ def test_gradients_are_those_of_the_losses_alone(script):
     critics = nn.ModuleList(script.Critic(2, 1, 8, renorm) for _ in range(2))
     batch = [torch.randn(16, 2), torch.rand(16, 1), torch.randn(16), torch.zeros(16), torch.randn(16, 2)]
     noise = torch.randn(5, 16, 1)
-    for gradients, loss, network, inputs in (
-        (script.critic_gradients, script.critic_loss, critics, (actor, critics, None, batch, noise, 0.1, 0.99)),
-        (script.actor_gradients, script.actor_loss, actor, (actor, critics, batch[0], noise, 0.1)),
+    for loss, network, inputs in (
+        (script.critic_loss, critics, (actor, critics, None, batch, noise, 0.1, 0.99)),
+        (script.actor_loss, actor, (actor, critics, batch[0], noise, 0.1)),
     ):
         start = copy.deepcopy([actor.state_dict(), critics.state_dict()])
-        value, mean, *_ = loss(*inputs)
+        value, *rest = loss(*inputs)
         value.backward()
         expected = [parameter.grad.clone() for parameter in network.parameters()]
         actor.zero_grad()
         critics.zero_grad()
         for part, state in zip((actor, critics), start, strict=True):
             part.load_state_dict(state)  # the running statistics before the loss
-        torch.testing.assert_close(gradients(*inputs), (value.detach(), mean, tuple(expected)))
+        found = script.with_gradients(loss, network)(*inputs)
+        rest = [part.detach() for part in rest if part.ndim == 0]
+        torch.testing.assert_close(found, (value.detach(), *rest, tuple(expected)))
+        assert not any(part.requires_grad for part in found[:-1])
         assert not any(p.grad is not None for part in (actor, critics) for p in part.parameters())
 
 
@@ -210,7 +213,7 @@ def a_small_update(script, device):
     def update():
         obs, action, *_ = buffer.sample(16)
         loss = (critic(obs, action) - torch.randn(16, device=device)).square().mean()
-        script.descend(optimizer, torch.autograd.grad(loss, list(critic.parameters())))
+        script.apply_gradients(optimizer, torch.autograd.grad(loss, list(critic.parameters())))
         losses[:] = loss.detach()
 
     return update, critic, losses
@@ -263,6 +266,12 @@ def test_compiled_functions_are_unguarded_and_those_of_their_own_run(monkeypatch
     def scaled(x, k):
         return x * k
 
+    def times(n):
+        def function(x):
+            return n * x
+
+        return function
+
     options, compile = [], torch.compile
 
     def recording_compile(*args, **keywords):
@@ -275,5 +284,7 @@ def test_compiled_functions_are_unguarded_and_those_of_their_own_run(monkeypatch
         jit = script.find_compiler(torch.device("cpu"))
         jit(lambda x: x + x)
         assert torch.equal(jit(scaled)(x, k), k * x)
-    for kept in (options[1], options[2], options[4], options[5]):  # 0 and 3 try the compiler
+        first, second = (jit(times(n)) for n in (k, k + 5))  # two closures of one text
+        assert torch.equal(first(x), k * x) and torch.equal(second(x), (k + 5) * x)
+    for kept in options[1:5] + options[6:10]:  # 0 and 5 try the compiler
         assert kept["guard_filter_fn"](["a guard"]) == [False]
