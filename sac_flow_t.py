@@ -1,13 +1,13 @@
 """SAC Flow-T: soft actor-critic whose policy is a flow, trained end to end through its own sampling loop.
 
 An action is made by K Euler steps of a velocity network, and gradients of the critic run back through all of
-them. That loop is a residual RNN over the flow time and inherits the RNN's exploding gradients. Flow-T cures them
-the way the Transformer did: the velocity is a pre-norm decoder, whose normalised read-out bounds each step.
+them. That loop is a residual RNN over the flow time, so its gradients can explode. Flow-T is the paper's proposed
+cure, after the Transformer: the velocity is a pre-norm decoder, whose normalised read-out bounds each step.
 Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
 
     python sac_flow_t.py --env-id Hopper-v4
 
-To go on with a run, --resume runs/<name>; to watch it, --evaluate runs/<name> --capture-video.
+Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-video.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -250,11 +250,12 @@ class Actor(nn.Module):
         return a + dt * v, sigma * math.sqrt(dt)
 
     def rollout(self, obs, noise):
-        """Sample actions and the density of their paths (equations "rollout" and "density" of the README).
+        """Sample actions and the density of their paths.
 
-        obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians: noise[0] = A_0, noise[i+1] = eps_i.
-        Returns action (B, D) in the environment's units, log_prob (B,) = log p_c(path | s), and the path, a list of
-        A_0 to A_K, (B, D) each.
+        A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
+        log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, V_i I) - sum_d log |d action_d / d A_{K,d}|.
+        obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians. Returns action (B, D) in the environment's units,
+        log_prob (B,) = log p_c, and the path, the list of A_0 to A_K, (B, D) each (graph nodes if noise requires grad).
         """
         obs = self.norm(obs)
         features = self.velocity_net.encode(obs)
@@ -265,7 +266,7 @@ class Actor(nn.Module):
             mean, deviation = self.step(i, path[i], v, sigma)
             path.append(mean + deviation * noise[i + 1])
             log_deviations = log_deviations + deviation.log()
-        # A_{i+1} given A_i is Gaussian with that deviation, and eps_i is its standardised value.
+        # Standardised, A_{i+1} given A_i is noise[i+1]: hence the density of the noise, less the log deviations.
         log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - log_deviations
         # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
         log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
@@ -699,7 +700,7 @@ def main() -> None:
         fail(f"step {step}: {name} is NaN or infinite; {kept()}")
 
     def mean_losses() -> torch.Tensor:
-        """Means of the losses since the last call, after a check of each: the updates wait for the host only here."""
+        """Means of the losses since the last call, after a check of each: the only host-device sync for losses."""
         rows = torch.stack(history).cpu() if history else torch.zeros(1, len(LOSSES))
         for row, column in (~rows.isfinite()).nonzero().tolist():
             diverged(step - len(rows) + 1 + row, LOSSES[column])

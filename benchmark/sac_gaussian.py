@@ -6,7 +6,7 @@ BatchRenorm and without target networks as "CrossQ", arXiv 1902.05605.
 
     python benchmark/sac_gaussian.py --env-id Hopper-v4
 
-To go on with a run, --resume runs/<name>; to watch it, --evaluate runs/<name> --capture-video.
+Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-video.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -587,7 +587,7 @@ def main() -> None:
         fail(f"step {step}: {name} is NaN or infinite; {kept()}")
 
     def mean_losses() -> torch.Tensor:
-        """Means of the losses since the last call, after a check of each: the updates wait for the host only here."""
+        """Means of the losses since the last call, after a check of each: the only host-device sync for losses."""
         rows = torch.stack(history).cpu() if history else torch.zeros(1, len(LOSSES))
         for row, column in (~rows.isfinite()).nonzero().tolist():
             diverged(step - len(rows) + 1 + row, LOSSES[column])
