@@ -729,6 +729,8 @@ def main() -> None:
                     recent = f"{np.mean(last_returns):.0f}" if last_returns else "-"
                     bar.set_postfix({"return": recent, "alpha": f"{means[4]:.3g}"}, refresh=False)
 
+            if args.eval_every and step % args.eval_every == 0:  # before a checkpoint of this step
+                score("deterministic")
             if terminated or truncated:
                 elapsed = seconds + time.time() - start
                 writer.add_scalar("charts/episodic_return", episode_return, step)
@@ -740,11 +742,10 @@ def main() -> None:
                 if step - saved_step >= args.save_every:
                     save()
                 obs = to_obs(env.reset()[0])
-            if args.eval_every and step % args.eval_every == 0 and step < args.total_timesteps:
-                score("deterministic")
         save()
-        if args.eval_every and step == args.total_timesteps:  # a resumed run goes on from before it
-            score("deterministic")
+        if args.eval_every and step == args.total_timesteps:  # a run that is extended goes on from before this
+            if step % args.eval_every:
+                score("deterministic")
             score("stochastic")
     except OSError as error:
         fail(f"step {step}: {error}; {kept()}")

@@ -158,12 +158,12 @@ def main(tmp_path, monkeypatch):
     """Runs a script, imported, in a fresh folder of its own and returns its run's folder."""
 
     def main(script, *flags):
-        (tmp_path / str(len(list(tmp_path.iterdir())))).mkdir()
-        folder = max(tmp_path.iterdir(), key=lambda path: int(path.name))
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
         monkeypatch.chdir(folder)
         monkeypatch.setattr("sys.argv", ["script", *map(str, flags)])
         script.main()
-        return the_run(folder)
+        return None if "--resume" in flags else the_run(folder)
 
     return main
 
@@ -290,6 +290,16 @@ def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     assert done.returncode == 0 and "could not be replayed" not in done.stderr, done.stderr
     assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
     assert returns(folder) == returns(whole) and returns(folder, "eval.csv") == returns(whole, "eval.csv")
+
+
+def test_evaluations_at_a_checkpoints_step_are_kept(script, main):
+    """Episodes, evaluations and checkpoints end at the same steps, and so does the run that is extended."""
+    flags = ["--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, "--save-every", 20, "--eval-every", 20, *SMALL]
+    whole = returns(main(script, *flags, "--total-timesteps", 60), "eval.csv")
+    folder = main(script, *flags, "--total-timesteps", 40)
+    assert [row[:2] for row in returns(folder, "eval.csv")[-2:]] == [["40", "deterministic"], ["40", "stochastic"]]
+    main(script, "--resume", folder, "--total-timesteps", 60)
+    assert returns(folder, "eval.csv") == whole and len(whole) == 1 + 4
 
 
 def test_environment_that_cannot_be_replayed_starts_a_new_episode(run, tmp_path):
