@@ -78,7 +78,7 @@ class Args:
     save_every: int = 50_000
     """steps between checkpoints; each is saved at the next end of an episode, and one at the end of the run"""
     eval_every: int = 10_000
-    """steps between evaluations of the averaged actor, which training does not notice; 0 is none, also at the end"""
+    """steps between evaluations of the averaged actor, which training does not notice; 0: none, not even at the end"""
     eval_episodes: int = 5
     """episodes of an evaluation"""
     resume: Optional[str] = None
@@ -110,7 +110,7 @@ class Args:
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
     actor_average: float = 0.995
-    """decay, per update of the actor, of the averaged weights that are evaluated and saved as policy.pt; 0: the last"""
+    """decay per actor update of the averaged weights, which are evaluated and make policy.pt; 0: the last weights"""
     autotune: bool = True
     """learn alpha such that the entropy of the path meets --target-entropy"""
     alpha: float = 0.02
@@ -192,6 +192,8 @@ class Actor(nn.Module):
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
         self.flow_steps, self.score_step, self.action_dim = flow_steps, score_step, len(low)
+        if score_step not in ("exponential", "euler", "none"):
+            raise ValueError(f"score_step must be exponential, euler or none, not {score_step}")
         self.target_entropy = 0.0  # the paper's, of the path
         self.norm = renorm(obs_dim)
         self.velocity_net = Velocity(obs_dim, self.action_dim, **velocity)
@@ -211,9 +213,9 @@ class Actor(nn.Module):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
 
         Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
-        without noise. Euler's, the paper's, overshoots where sigma is large. The exponential one has noise of scale
-        sigma sqrt(1 - t), holds v and 1 - t fixed within the step and solves the rest exactly: the score's factor rho
-        is in (0, 1) whatever sigma and K (the README's argument, step 8).
+        without noise, for the velocity of a true flow and K large. Euler's, the paper's, overshoots where sigma is
+        large. The exponential one has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within the step and
+        solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the README).
         """
         dt = 1 / self.flow_steps
         t = i * dt
@@ -271,7 +273,8 @@ class BatchRenorm(nn.Module):
 
     y = ((x - mean) / std * r + d) * weight + bias,  r = std / running_std,  d = (mean - running_mean) / running_std,
     with r and d clipped and without gradient. For the first `warmup` batches r = 1, d = 0: plain batch norm.
-    The running statistics are the mean of all batches until there are 1 / (1 - momentum), from then on a moving one.
+    The running statistics are the mean over all batches so far, up to 1 / (1 - momentum) of them; after that a moving
+    average.
     """
 
     def __init__(self, dim: int, momentum=0.99, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
@@ -347,7 +350,7 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
 
 
 def actor_loss(actor, critics, obs, noise, alpha):
-    """mean(alpha log p_c - min_j Q_j(s, a)), its gradient through all K steps. Returns it, mean log p_c, the path."""
+    """mean(alpha log p_c - min_j Q_j(s, a)), its gradient through all K steps. Returns it, mean log p_c, A_0 to A_K."""
     action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
     return (alpha * log_prob - q).mean(), log_prob.mean(), *path
@@ -472,7 +475,7 @@ def main() -> None:
         fail(f"{str(error).splitlines()[0]} (sizes: {sizes})")
     if args.evaluate:
         actor.load_state_dict(checkpoint["actor"])
-        print(f"{run} at step {checkpoint['step']}")
+        print(f"{args.evaluate} at step {checkpoint['step']}")
         if args.capture_video:
             env = videos(env, name_prefix="evaluation", episode_trigger=lambda episode: True)
 
@@ -492,8 +495,8 @@ def main() -> None:
         setattr(average.norm, name, statistic)
     targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
     target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
-    if args.autotune and target_entropy >= actor.largest_entropy():
-        reach = f"below {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
+    if args.autotune and target_entropy > actor.largest_entropy():
+        reach = f"at most {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
         fail(f"--target-entropy must be {reach}")
     log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
     adam = partial(torch.optim.Adam, betas=(args.adam_b1, 0.999), fused=True, capturable=True)
@@ -787,7 +790,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
         path = Path(folder)
-        checkpoint = load(path if path.suffix == ".pt" else path / ("checkpoint.pt" if args.resume else "policy.pt"))
+        name, key = ("checkpoint.pt", "buffer") if args.resume else ("policy.pt", "obs_dim")
+        checkpoint = load(path if path.suffix == ".pt" else path / name, key)
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
         args = tyro.cli(Args, description=__doc__, default=saved)
@@ -851,8 +855,8 @@ def write(path: Path, state: dict) -> None:
         raise OSError(f"could not write {path} ({error})") from error
 
 
-def load(path: Path) -> dict:
-    """Read a checkpoint.pt or policy.pt; stops the program if it is missing, damaged or written by another script."""
+def load(path: Path, key: str) -> dict:
+    """Read a file of a run that has `key`; stops the program if it is missing, damaged or written by another script."""
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     try:
@@ -866,6 +870,8 @@ def load(path: Path) -> dict:
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
+    if key not in state:
+        fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
     if set(state["args"]) != {field.name for field in fields(Args)}:
         fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
     return state
@@ -873,7 +879,7 @@ def load(path: Path) -> dict:
 
 def load_policy(path: str) -> Actor:
     """The actor of a policy.pt, frozen: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
-    state = load(Path(path))
+    state = load(Path(path), "obs_dim")
     actor = make_actor(Args(**state["args"]), state["obs_dim"], state["action_low"], state["action_high"])
     actor.load_state_dict(state["actor"])
     return actor.eval().requires_grad_(False)
@@ -909,7 +915,7 @@ def seed_random(seed: int) -> None:
 def fork_random(seed: int, device: torch.device):
     """Within it the random generators start from `seed`; after it they are where they were before."""
     states = random_states(device)
-    seed_random(seed)
+    seed_random(seed % 2**32)
     yield
     set_random_states(states, device)
 

@@ -327,6 +327,8 @@ class Actor(nn.Module):
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32).repeat(chunk) for bound in (action_low, action_high))
         self.flow_steps, self.score_step, self.action_dim = flow_steps, score_step, len(low)
+        if score_step not in ("exponential", "euler", "none"):
+            raise ValueError(f"score_step must be exponential, euler or none, not {score_step}")
         self.velocity_net = velocity(obs_dim, self.action_dim)
         self.log_sigma, self.sigma_net = math.log(sigma), None
         if learn_sigma:
@@ -352,9 +354,9 @@ class Actor(nn.Module):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
 
         Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
-        without noise. Euler's, the paper's, overshoots where sigma is large. The exponential one has noise of scale
-        sigma sqrt(1 - t), holds v and 1 - t fixed within the step and solves the rest exactly: the score's factor rho
-        is in (0, 1) whatever sigma and K (the README's argument, step 8).
+        without noise, for the velocity of a true flow and K large. Euler's, the paper's, overshoots where sigma is
+        large. The exponential one has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within the step and
+        solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the README).
         """
         dt = 1 / self.flow_steps
         t = i * dt
@@ -453,7 +455,7 @@ def flow_matching_loss(actor, batch, noise, t):
 def actor_loss(actor, critics, batch, noise, alpha, beta):
     """mean(alpha log p_c - mean_j Q_j(s, a)) + beta mean own |a - a_data|^2, its gradient through all K steps.
 
-    Returns the loss, the last term without its beta, mean log p_c, and the path.
+    Returns the loss, the last term without its beta, mean log p_c, and A_0 to A_K.
     """
     obs, data_action, own, *_ = batch
     action, log_prob, path = actor.rollout(obs, noise)
@@ -463,7 +465,7 @@ def actor_loss(actor, critics, batch, noise, alpha, beta):
 
 
 def offline_actor_loss(actor, critics, batch, noise, alpha, beta, x0, t):
-    """The sum of `actor_loss` and `flow_matching_loss`. Returns it, and what both return, the path but."""
+    """The sum of `actor_loss` and `flow_matching_loss`. Returns it, and all that both return but the path."""
     loss, bc, log_prob, *_ = actor_loss(actor, critics, batch, noise, alpha, beta)
     matching = flow_matching_loss(actor, batch, x0, t)
     return loss + matching, loss, bc, log_prob, matching
@@ -631,8 +633,8 @@ def main() -> None:
 
     targets = copy.deepcopy(critics).requires_grad_(False)
     target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
-    if args.autotune and target_entropy >= actor.largest_entropy():
-        reach = f"below {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
+    if args.autotune and target_entropy > actor.largest_entropy():
+        reach = f"at most {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
         fail(f"--target-entropy must be {reach}")
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
     beta = torch.tensor(float(args.beta), device=device)
@@ -910,7 +912,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
-        checkpoint = load(Path(folder) / "checkpoint.pt")
+        checkpoint = load(Path(folder) / "checkpoint.pt", "buffer")
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
         args = tyro.cli(Args, description=__doc__, default=saved)
@@ -973,8 +975,8 @@ def write(path: Path, state: dict) -> None:
         raise OSError(f"could not write {path} ({error})") from error
 
 
-def load(path: Path) -> dict:
-    """Read a checkpoint.pt or policy.pt; stops the program if it is missing, damaged or written by another script."""
+def load(path: Path, key: str) -> dict:
+    """Read a file of a run that has `key`; stops the program if it is missing, damaged or written by another script."""
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     try:
@@ -988,6 +990,8 @@ def load(path: Path) -> dict:
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
+    if key not in state:
+        fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
     if set(state["args"]) != {field.name for field in fields(Args)}:
         fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
     return state
@@ -1023,7 +1027,7 @@ def seed_random(seed: int) -> None:
 def fork_random(seed: int, device: torch.device):
     """Within it the random generators start from `seed`; after it they are where they were before."""
     states = random_states(device)
-    seed_random(seed)
+    seed_random(seed % 2**32)
     yield
     set_random_states(states, device)
 

@@ -369,7 +369,8 @@ def minari_player(args: Args) -> Callable:
 
     torch.set_num_threads(1)
     known = gradient_norms.described(args.policy)
-    script, (actor, *_) = importlib.import_module(known["script"]), gradient_norms.load(args.policy)
+    script = importlib.import_module(known["script"])
+    actor = script.load_policy(args.policy / "policy.pt")
     env = script.make_env(known["env_id"])
     scale = (env.action_space.high - env.action_space.low) / 2
 
@@ -491,9 +492,9 @@ def settings_of(args: Args) -> dict:
 
         gradient_norms.described(args.policy)
         try:
-            settings["policy"] = hashlib.sha256((args.policy / "checkpoint.pt").read_bytes()).hexdigest()
+            settings["policy"] = hashlib.sha256((args.policy / "policy.pt").read_bytes()).hexdigest()
         except OSError as error:
-            fail(f"--policy {args.policy}: {error.strerror} (checkpoint.pt)")
+            fail(f"--policy {args.policy}: {error.strerror} (policy.pt)")
     return settings
 
 

@@ -18,6 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -36,7 +37,7 @@ class Args:
     """K"""
     weight_scales: list[float] = field(default_factory=lambda: [1.0, 5.0])
     """factors of the velocity's weight matrices at the start"""
-    score_steps: list[str] = field(default_factory=lambda: ["exponential", "none"])
+    score_steps: list[Literal["exponential", "euler", "none"]] = field(default_factory=lambda: ["exponential", "none"])
     """with and without the score, which contracts the rollout"""
     seeds: int = 3
     """actors per point"""

@@ -1,10 +1,10 @@
 """Does a flow rollout's gradient explode, and do gates and decoders cure it? What is measured, whatever it says.
 
 For every velocity (naive, Flow-G, Flow-T) and rollout length K: the norm of dL/dA_i at each step of the rollout, and
-the largest singular values of the steps' Jacobians I + dt dv/dA_i and of their product, the linear map that carries
-the gradient from A_K back to A_0. At initialisation L = u . A_K with a random unit vector u; `--weight-scales`
-multiplies the velocity's weight matrices, as training may do. With `--runs`, also: the norms that training logged,
-and the Jacobians at each run's checkpoint, on observations of its replay buffer.
+the largest singular values of the noise-free steps' Jacobians I + dt dv/dA_i and of their product, the linear map that
+carries the gradient from A_K back to A_0 where there is no score. At initialisation L = u . A_K with a random unit
+vector u; `--weight-scales` multiplies the velocity's weight matrices, as training may do. With `--runs`, also: the
+norms that training logged, and the Jacobians at each run's checkpoint, on observations of its replay buffer.
 
     python benchmark/gradient_norms.py --out benchmark/results/gradients
     python benchmark/gradient_norms.py --runs runs/Hopper-v4__* --out benchmark/results/gradients
@@ -12,6 +12,7 @@ and the Jacobians at each run's checkpoint, on observations of its replay buffer
 Writes <out>/init.csv, training.csv, checkpoints.csv and a figure of each: means over seeds, bars of the range.
 """
 
+import copy
 import csv
 import importlib
 import json
@@ -177,6 +178,8 @@ def at_checkpoint(run: Path):
     """
     actor, critics, state = load(run)
     actor.norm.train()
+    statistics = copy.deepcopy(actor.norm.state_dict())  # the same for every forward, though each would move them
+    actor.norm.register_forward_pre_hook(lambda norm, inputs: norm.load_state_dict(statistics))
     torch.manual_seed(0)
     obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.velocity_net.from_obs.in_features]
     alpha = state["log_alpha"].exp()
@@ -186,7 +189,7 @@ def at_checkpoint(run: Path):
         mean, _, path = script.actor_loss(actor, critics, obs, noise, alpha)
         return len(obs) * mean, path
 
-    for score_step in (actor.score_step, "none"):
+    for score_step in dict.fromkeys([actor.score_step, "none"]):
         actor.score_step = score_step
         torch.manual_seed(0)
         for row in measure(actor, obs, loss):

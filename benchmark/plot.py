@@ -73,7 +73,8 @@ def main() -> None:
         return evaluations(folder, paths)
     for path in paths:
         script, seed = path.stem.split("_seed")
-        rows = [(float(row["step"]), float(row["return"])) for row in csv.DictReader(open(path))]
+        rows = [row for row in csv.DictReader(open(path)) if row.get("kind", "deterministic") == "deterministic"]
+        rows = [(float(row["step"]), float(row["return"])) for row in rows]
         curves[script][int(seed)] = np.array(rows).T
     if not curves:
         sys.exit("plot.py: error: name one folder that holds <script>_seed<n>.csv files")

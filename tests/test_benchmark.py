@@ -14,7 +14,7 @@ from torch import nn
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_gradient_norms_are_the_product_of_jacobians(name):
-    """One action, one observation, no drift correction: |dL/dA_i| is the product of the steps' factors."""
+    """One action, one observation, no score: |dL/dA_i| is the product of the steps' factors."""
     import gradient_norms
 
     script = importlib.import_module(name)

@@ -247,7 +247,7 @@ def test_the_scores_factors_multiply_to_their_closed_form(script, k, sigma):
 
 @pytest.mark.parametrize("score_step", ["exponential", "euler"])
 def test_largest_entropy_is_that_of_the_largest_sigma(script, score_step):
-    """-log p_c on average, with sigma at e^2 and a path that ends where the squash does not matter."""
+    """-log p_c on average with sigma at e^2, the slope of the squash taken out but for the bounds' scale."""
     k = 4
     actor = script.Actor(5, LOW, HIGH, flow_steps=k, score_step=score_step)
     nn.init.zeros_(actor.sigma_net[-1].weight)

@@ -486,7 +486,7 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse([*data, "--collect", 5], "--collect", "--dataset")
     refuse(["--env-id", CUBE.replace("task1", "task9"), "--collect", 5], "task9")
     refuse([*data, "--capture-video"], "--capture-video", "--evaluate")
-    refuse([*data, "--target-entropy", 100], "--target-entropy must be below")
+    refuse([*data, "--target-entropy", 100], "--target-entropy must be at most")
     refuse(["--evaluate", tmp_path / "nothing"], "there is no", "nothing")
     assert not (tmp_path / "runs").exists()
     run(*SHORT, "--offline-steps", 5, "--online-steps", 0)

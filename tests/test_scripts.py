@@ -171,8 +171,18 @@ def main(tmp_path, monkeypatch):
 def test_measuring_leaves_training_as_it_is(script, main, monkeypatch):
     """Evaluations and gradient norms draw random numbers, run the networks and step an environment of their own."""
     flags = ["--env-id", "tiny_envs:Dice-v0", "--total-timesteps", 200, "--learning-starts", 50, *SMALL]
+    flags += ["--seed", 2**32 - 1]
+    draws, norms, apply_gradients = [], script.gradient_norms, script.apply_gradients
+
+    def drawn(function):
+        return lambda *inputs: draws.append((function, torch.get_rng_state())) or function(*inputs)
+
+    monkeypatch.setattr(script, "gradient_norms", drawn(norms))
+    monkeypatch.setattr(script, "apply_gradients", drawn(apply_gradients))
     measured = main(script, *flags, "--eval-every", 30, "--actor-delay", 1)
     assert len(returns(measured, "eval.csv")) == 1 + 7 + 1
+    i = [function for function, _ in draws].index(norms)  # its batch and noise leave the generator where they found it
+    assert torch.equal(draws[i][1], draws[i - 1][1])
     monkeypatch.setattr(script, "gradient_norms", lambda actor, critics, obs, noise, alpha: torch.zeros(5))
     bare = main(script, *flags, "--eval-every", 0, "--actor-delay", 1)
     assert len(returns(bare, "eval.csv")) == 1 and not (bare / "policy_best.pt").exists()
@@ -404,7 +414,7 @@ def assert_refused(done, *words):
         ("--eval-every -1", "--eval-every"),
         ("--eval-episodes 0", "--eval-episodes"),
         ("--actor-average 1", "--actor-average"),
-        ("--target-entropy 100", "--target-entropy must be below"),
+        ("--target-entropy 100", "--target-entropy must be at most"),
         ("--resume a --evaluate b", "exclude"),
         ("--buffer-size 1000000000000000", "--buffer-size"),
     ],
@@ -441,6 +451,8 @@ def test_bad_checkpoints(run, name, tmp_path):
     folder = the_run(tmp_path)
     other = "sac_flow_t" if name == "sac_flow_g" else "sac_flow_g"
     assert_refused(run("--resume", folder, name=other), name, other)
+    assert_refused(run("--resume", folder / "policy.pt"), "another kind", "--resume")
+    assert_refused(run("--evaluate", folder / "checkpoint.pt"), "another kind", "--evaluate")
     assert_refused(run("--resume", folder), "has reached step 150", "--total-timesteps")
     assert_refused(run("--resume", folder, "--total-timesteps", 200, "--gamma", 0.9), "--gamma 0.9", "0.99")
     assert_refused(run("--resume", folder, "--total-timesteps", 200, "--seed", 3), "--seed 3")
@@ -528,6 +540,7 @@ def test_learns_to_walk_home(run, tmp_path, crossq):
 @needs_cuda
 @pytest.mark.parametrize("flags", [["--compile"], ["--no-compile", "--no-crossq"]])
 def test_cuda(run, tmp_path, flags):
+    flags = [*flags, "--eval-every", 50]
     done = run(*PENDULUM, "--cuda", "--total-timesteps", 300, *flags)
     assert done.returncode == 0, done.stderr
     whole = the_run(tmp_path).rename(tmp_path / "whole")
