@@ -178,15 +178,19 @@ def at_checkpoint(run: Path):
     """
     actor, critics, state = load(run)
     actor.norm.train()
-    statistics = copy.deepcopy(actor.norm.state_dict())  # the same for every forward, though each would move them
-    actor.norm.register_forward_pre_hook(lambda norm, inputs: norm.load_state_dict(statistics))
+    statistics = copy.deepcopy(actor.norm.state_dict())
+
+    def restore(norm, inputs) -> None:
+        norm.load_state_dict(statistics)
+
+    actor.norm.register_forward_pre_hook(restore)  # every forward starts from the same, though each moves them
     torch.manual_seed(0)
     obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.velocity_net.from_obs.in_features]
     alpha = state["log_alpha"].exp()
     script = importlib.import_module(described(run)["script"])
 
     def loss(noise):
-        mean, _, path = script.actor_loss(actor, critics, obs, noise, alpha)
+        mean, _, *path = script.actor_loss(actor, critics, obs, noise, alpha)
         return len(obs) * mean, path
 
     for score_step in dict.fromkeys([actor.score_step, "none"]):
