@@ -872,8 +872,10 @@ def load(path: Path, key: str) -> dict:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
         fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
-    if set(state["args"]) != {field.name for field in fields(Args)}:
-        fail(f"{path} was written by another version of {SCRIPT}: its flags differ from this one's")
+    theirs, ours = set(state["args"]), {field.name for field in fields(Args)}
+    if theirs != ours:
+        differing = f"it has {', '.join(sorted(theirs - ours)) or 'none'} for {', '.join(sorted(ours - theirs)) or 'none'}"
+        fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: {differing}")
     return state
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import json
 import os
 import resource
@@ -465,6 +466,10 @@ def test_bad_checkpoints(run, name, tmp_path):
     for damaged in (whole[: len(whole) // 2], bytes(flipped), b"", b"not a checkpoint"):
         path.write_bytes(damaged)
         assert_refused(run("--resume", folder, "--total-timesteps", 200), "truncated or corrupted")
+    old = torch.load(io.BytesIO(whole))
+    old["args"]["random_steps"] = old["args"].pop("learning_starts")
+    torch.save(old, path)
+    assert_refused(run("--resume", folder), "another version", "random_steps for learning_starts")
     torch.save({"model": torch.zeros(3)}, path)
     assert_refused(run("--resume", folder), "another program")
     path.write_bytes(whole)
