@@ -868,8 +868,8 @@ def load(path: Path, key: str) -> dict:
         fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
     theirs, ours = set(state["args"]), {field.name for field in fields(Args)}
     if theirs != ours:
-        differing = f"it has {', '.join(sorted(theirs - ours)) or 'none'} for {', '.join(sorted(ours - theirs)) or 'none'}"
-        fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: {differing}")
+        old, new = (", ".join(sorted(names)) or "none" for names in (theirs - ours, ours - theirs))
+        fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
     return state
 
 
