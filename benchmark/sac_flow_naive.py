@@ -109,8 +109,8 @@ class Args:
     """width of the two hidden layers of each critic"""
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
-    # Walker2d-v4 and Hopper-v4, three seeds each, frozen at 92 000 to 100 000 steps: means over all of 3 240 (0.99), 3 249
-    # (0.995), 3 196 (0.999), 3 100 (the last weights, which in five of the six runs also vary more than 0.995 does).
+    # Flow-G on Walker2d-v4 and Hopper-v4, three seeds each, frozen at 92 000 to 100 000 steps: means 3 240 (0.99),
+    # 3 249 (0.995), 3 196 (0.999) and 3 100 (last weights, which in five of the six runs also vary more than 0.995).
     actor_average: float = 0.995
     """decay per actor update of the averaged weights, which are evaluated and make policy.pt; 0: the last weights"""
     autotune: bool = True
@@ -129,8 +129,8 @@ class Args:
     # Flow policy
     flow_steps: int = 4
     """K, Euler steps from noise to action"""
-    # With a constant sigma the exponential step stood at 1 041 and 396 on Hopper-v4 after 60 000 steps, with the schedule
-    # sigma sqrt(1 - t), kept here, at 3 039 and 3 213 (frozen averages, two seeds; more in the README's Results).
+    # With a constant sigma the exponential step stood at 1 041 and 396 on Hopper-v4 after 60 000 steps, with sigma
+    # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds; more in the README's Results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
     """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
     sigma_dim: int = 256

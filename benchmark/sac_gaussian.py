@@ -108,8 +108,8 @@ class Args:
     """width of the two hidden layers of each critic"""
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
-    # Walker2d-v4 and Hopper-v4, three seeds each, frozen at 92 000 to 100 000 steps: means over all of 3 240 (0.99), 3 249
-    # (0.995), 3 196 (0.999), 3 100 (the last weights, which in five of the six runs also vary more than 0.995 does).
+    # Flow-G on Walker2d-v4 and Hopper-v4, three seeds each, frozen at 92 000 to 100 000 steps: means 3 240 (0.99),
+    # 3 249 (0.995), 3 196 (0.999) and 3 100 (last weights, which in five of the six runs also vary more than 0.995).
     actor_average: float = 0.995
     """decay per actor update of the averaged weights, which are evaluated and make policy.pt; 0: the last weights"""
     autotune: bool = True
