@@ -45,8 +45,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections import deque
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Literal, NoReturn, Optional
@@ -74,6 +73,7 @@ ROBOSUITE_KWARGS = dict(
         control_delta=True, interpolation=None, ramp_ratio=0.2, input_ref_frame="world", gripper=dict(type="GRIP"),
     ))),
 )  # fmt: skip
+SCORES = ("success_rate", "success_low", "success_high", "return", "return_error", "length")  # of an evaluation
 COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dim observation
 # The paper's weights of the BC term, offline and online, and cube-double's for cube-single; 100 for all others.
@@ -108,8 +108,6 @@ class Args:
     """train on the GPU (the default where there is one)"""
     compile: bool = True
     """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
-    bf16: bool = False
-    """let matrix products round their float32 factors to bfloat16 (TF32 on a GPU) where that is faster"""
     capture_video: bool = False
     """write videos of the episodes of --evaluate to <run>/videos"""
     track: bool = False
@@ -119,7 +117,7 @@ class Args:
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
-    """folder of a run whose saved policy is played instead of training"""
+    """folder of a run whose policy.pt is played instead of training, or a policy file"""
 
     # Data and critics
     chunk: int = 5
@@ -326,7 +324,10 @@ class Actor(nn.Module):
     ):  # fmt: skip
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32).repeat(chunk) for bound in (action_low, action_high))
-        self.flow_steps, self.score_step, self.action_dim = flow_steps, score_step, len(low)
+        self.flow_steps = flow_steps
+        self.score_step = score_step
+        self.obs_dim = obs_dim
+        self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
             raise ValueError(f"score_step must be exponential, euler or none, not {score_step}")
         self.velocity_net = velocity(obs_dim, self.action_dim)
@@ -476,6 +477,12 @@ def alpha_loss(log_alpha, log_prob, target_entropy):
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 
+def record(losses, **values) -> None:
+    """Put values, by their names in LOSSES, where the log finds them."""
+    for name, value in values.items():
+        losses[LOSSES.index(name)].copy_(value)
+
+
 def with_gradients(loss_function, network):
     """`loss_function` with its gradients in the same graph: function(*inputs) -> loss, *rest, gradients.
 
@@ -498,6 +505,12 @@ def apply_gradients(optimizer, gradients) -> None:
     for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
+
+
+def move_average(average, network, weight: float) -> None:
+    """Move the parameters of `average` towards those of `network`, which enter with `weight`."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
 
 
 def gradient_norms(actor, critics, batch, noise, alpha, beta):
@@ -548,15 +561,6 @@ class ReplayBuffer:
         self.added = added
         self.size.fill_(len(self))
 
-    def last_actions(self, n: int) -> np.ndarray:
-        """The last n actions added, oldest first, (n, D)."""
-        index = torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)
-        return self.rows[index].split(self.widths, dim=1)[1].cpu().numpy()
-
-    def last_obs(self) -> np.ndarray:
-        """The next_obs of the last transition added, (obs_dim,)."""
-        return self.rows[(self.added - 1) % len(self.rows)].split(self.widths)[5].cpu().numpy()
-
 
 def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) -> list[torch.Tensor]:
     """h successive rows of the buffer, (B, h, .) each, as one transition of a chunk of h actions.
@@ -580,321 +584,153 @@ def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) 
 
 def main() -> None:
     args, checkpoint = parse_args()
+    if args.evaluate:
+        return play(args, checkpoint)
     device = torch.device("cuda" if args.cuda else "cpu")
-    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    if headless:
-        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
-    if args.capture_video and not args.evaluate:
-        fail("--capture-video goes with --evaluate")
-    env = make_env(args, "rgb_array" if args.capture_video else None)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
-    run = Path(args.resume or args.evaluate or "runs")
+    env = make_env(args)
+    eval_env = make_env(args)
+    action_dim = env.action_space.low.size
+    total = args.offline_steps + args.online_steps
+    files = checkpoint["progress"]["files"] if checkpoint else [str(path.resolve()) for path in find_dataset(args)]
     if not checkpoint:
-        run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    if args.capture_video:
-        check_video(env)
-
-    if checkpoint:
-        files = [Path(file) for file in checkpoint["files"]]
-    else:
-        files = [] if benchmark_of(args.env_id) == "minari" else find_dataset(args)
         for file in reversed(files or [None]):  # all are checked before the work, the first is kept
             data = load_data(file, env, args)
 
-    precision = matmul_precision(device, args.bf16)
     seed_random(args.seed)
-    velocity = {
-        "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
-        "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
-        "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers),
-    }[args.velocity]
-    try:
-        actor = Actor(
-            obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel(), chunk=args.chunk, velocity=velocity,
-            flow_steps=args.flow_steps, score_step=args.score_step, sigma=args.sigma,
-            learn_sigma=args.learn_sigma, sigma_dim=args.sigma_dim,
-        ).to(device)  # fmt: skip
-        sizes = obs_dim, args.chunk * action_dim, args.critic_dim, args.critic_layers
-        critics = nn.ModuleList(Critic(*sizes) for _ in range(2)).to(device)
-        buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
-        sizes = ", ".join(f"--{name.replace('_', '-')}" for name in vars(args) if name.endswith(("_dim", "_size")))
-        fail(f"{str(error).splitlines()[0]} (sizes: {sizes})")
-    if args.evaluate:
-        actor.load_state_dict(checkpoint["actor"])
-        print(f"{run} at step {checkpoint['step']}")
-        if args.capture_video:
-            videos = dict(video_folder=str(run / "videos"), disable_logger=True, name_prefix="evaluation")
-            env = gym.wrappers.RecordVideo(env, episode_trigger=lambda episode: True, **videos)
-        for kind in ("deterministic", "stochastic"):
-            print(f"{kind}: {describe(evaluate(actor, env, args.eval_episodes, args.seed, kind == 'deterministic'))}")
-        env.close()
-        return
-
-    targets = copy.deepcopy(critics).requires_grad_(False)
-    target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
-    if args.autotune and target_entropy > actor.largest_entropy():
-        reach = f"at most {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
-        fail(f"--target-entropy must be {reach}")
+    actor, critics, targets, buffer = make_networks(args, env, device)
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
+    target_entropy = target_entropy_of(args, actor)
     beta = torch.tensor(float(args.beta), device=device)
     adam = partial(torch.optim.Adam, fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    learned = {
-        "actor": actor, "critics": critics, "targets": targets, "actor_optimizer": actor_optimizer,
-        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
-    }  # fmt: skip
     losses = torch.zeros(len(LOSSES), device=device)
-    step, updates, seconds, saved_step, lengths = 0, 0, 0.0, 0, {"returns.csv": 0, "eval.csv": 0}
+    learned = dict(actor=actor, critics=critics, targets=targets)
+    learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
+
+    env.reset(seed=args.seed)
     if checkpoint:
         for name, part in learned.items():
             part.load_state_dict(checkpoint[name])
         log_alpha.data.copy_(checkpoint["log_alpha"])
         losses.copy_(checkpoint["losses"])
         buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
-        step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
-        saved_step, lengths = step, checkpoint["lengths"]
-        for name, length in lengths.items():
-            if not (run / name).is_file() or (run / name).stat().st_size < length:
-                fail(f"{run / name} is shorter than when the checkpoint was saved: restore it from a copy")
+        set_random_states(checkpoint["random"], device, env)
     else:
         buffer.refill(data, len(data))
         print(f"{len(data)} transitions of {files[0] if files else args.env_id}", file=sys.stderr)
         del data
-
-    if args.track:
-        try:
-            import wandb
-
-            wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-        except ImportError:
-            fail("--track needs wandb: pip install -r benchmark/requirements.txt")
-        except Exception as error:
-            fail(f"--track: {(str(error) or type(error).__name__).splitlines()[0]}")
-    try:
-        run.mkdir(parents=True, exist_ok=bool(checkpoint))
-        used = [str(file.resolve()) for file in files]
-        (run / "args.json").write_text(json.dumps({**asdict(args), "files": used}, indent=2) + "\n")
-        writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
-        csv_files = {name: open(run / name, "r+" if checkpoint else "w", newline="") for name in lengths}
-        for name, length in lengths.items():
-            csv_files[name].truncate(length)
-            csv_files[name].seek(length)
-    except OSError as error:
-        fail(f"cannot write to {run}: {error.strerror}")
-    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    returns_csv, eval_csv = (csv.writer(file, lineterminator="\n") for file in csv_files.values())
-    if not checkpoint:
-        returns_csv.writerow(["step", "return", "length", "success", "seconds"])
-        scored = ["success_rate", "success_low", "success_high", "return", "return_error", "length"]
-        eval_csv.writerow(["step", "phase", "kind", *scored, "episodes", "seconds"])
-
-    eval_env = make_env(args)
-    env.reset(seed=args.seed)
-    env_random = env.unwrapped.np_random.bit_generator
-    episode_return, episode_length, queue = 0.0, 0, np.zeros((0, action_dim), np.float32)
-    if checkpoint:
-        set_random_states(checkpoint["random"], device)
-        env_random.state, episode_length = checkpoint["env_random"], checkpoint["episode_length"]
-        queue = checkpoint["queue"].numpy()
-    episode_random = env_random.state  # before the reset: where this episode can be replayed from
-    obs = to_obs(env.reset()[0])
-    if episode_length:  # the run stopped in an episode: the same reset and actions lead back to the same state
-        for action in buffer.last_actions(min(episode_length, len(buffer))):
-            next_obs, reward, *_ = env.step(to_action(action, env.action_space))
-            obs, episode_return = to_obs(next_obs), episode_return + float(reward)
-        if episode_length > len(buffer) or not np.array_equal(obs, buffer.last_obs()):
-            print("note: the interrupted episode could not be replayed; starting a new one", file=sys.stderr)
-            episode_random, episode_return, episode_length, queue = env_random.state, 0.0, 0, queue[:0]
-            obs = to_obs(env.reset()[0])
+    run = Run(args, total, checkpoint, files)
+    progress = run.progress
 
     jit = find_compiler(device) if args.compile else lambda function: function
-    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+    graph = CudaGraph if args.compile and args.cuda else lambda function: function
+    precision = matmul_precision(device)
+    choose = compiled_policy(actor, env, jit, graph)
     critic_gradients = jit(with_gradients(critic_loss, critics))
     actor_gradients = jit(with_gradients(actor_loss, actor))
     offline_actor_gradients = jit(with_gradients(offline_actor_loss, actor))
-    policy_obs = torch.zeros(1, obs_dim, device=device)
-    policy_action = torch.zeros(args.chunk, action_dim, device=device)
-    discount = args.gamma**args.chunk
-
-    # The parts of a step that run on the device. They take and return nothing, so that each can be a CUDA graph.
-    def act() -> None:
-        with torch.no_grad():
-            policy_action.copy_(policy(policy_obs, actor.noise(1)).view_as(policy_action))
 
     def update(offline: bool) -> None:
-        batch, alpha = buffer.sample(args.batch_size, args.chunk, args.gamma), log_alpha.detach().exp()
+        batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
         noise = actor.noise(args.batch_size)
+        alpha = log_alpha.detach().exp()
+        discount = args.gamma**args.chunk
         loss, q, gradients = critic_gradients(actor, critics, targets, batch, noise, alpha, discount)
         apply_gradients(critic_optimizer, gradients)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
-        losses[:2] = torch.stack([loss, q])
+        move_average(targets, critics, args.tau)
+        record(losses, qf_loss=loss, qf_values=q)
 
-        inputs = actor, critics, batch, actor.noise(args.batch_size), alpha, beta
+        noise = actor.noise(args.batch_size)
         if offline:
-            x0, t = torch.randn_like(noise[0]), torch.rand(args.batch_size, 1, device=device)
-            _, loss, bc, log_prob, matching, gradients = offline_actor_gradients(*inputs, x0, t)
+            x0 = torch.randn_like(noise[0])
+            t = torch.rand(args.batch_size, 1, device=device)
+            _, loss, bc, log_prob, matching, gradients = offline_actor_gradients(
+                actor, critics, batch, noise, alpha, beta, x0, t
+            )
+            record(losses, flow_matching=matching)
         else:
-            loss, bc, log_prob, gradients = actor_gradients(*inputs)
-            matching = torch.zeros_like(loss)
+            loss, bc, log_prob, gradients = actor_gradients(actor, critics, batch, noise, alpha, beta)
         apply_gradients(actor_optimizer, gradients)
         loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
         if args.autotune:
             apply_gradients(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
-        losses[2:] = torch.stack([loss, matching, bc, loss_alpha.detach(), alpha, -log_prob])
+        record(losses, actor_loss=loss, bc=bc, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob)
 
-    update_offline, update_online = partial(update, True), partial(update, False)
-    if args.compile and args.cuda:
-        act, update_offline, update_online = CudaGraph(act), CudaGraph(update_offline), CudaGraph(update_online)
+    @graph  # what it decorates takes and returns nothing
+    def update_offline() -> None:
+        update(offline=True)
 
-    history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
+    @graph
+    def update_online() -> None:
+        update(offline=False)
 
-    def save() -> None:
-        """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
-        nonlocal saved_step
-        for file in csv_files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        mean_losses()
-        for name in ("actor", "critics"):
-            for parameter, value in learned[name].state_dict().items():
-                if not value.isfinite().all():
-                    diverged(step, f"{name}.{parameter}")
-        state = {name: part.state_dict() for name, part in learned.items()}
-        state.update(
-            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), losses=losses, buffer=buffer.filled(),
-            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start, files=used,
-            lengths={name: file.tell() for name, file in csv_files.items()}, random=random_states(device),
-            env_random=episode_random, episode_length=episode_length, queue=torch.from_numpy(queue.copy()),
-        )  # fmt: skip
-        write(run / "checkpoint.pt", state)
-        saved_step = step
-
-    def kept() -> str:
-        return f"the checkpoint of step {saved_step} is kept: --resume {run}" if saved_step else "no checkpoint yet"
-
-    def diverged(step: int, name: str) -> NoReturn:
-        fail(f"step {step}: {name} is NaN or infinite; {kept()}")
-
-    def mean_losses() -> torch.Tensor:
-        """Means of the losses since the last call, after a check of each: the only host-device sync for losses."""
-        rows = torch.stack([row for _, row in history]).cpu() if history else torch.zeros(1, len(LOSSES))
-        for row, column in (~rows.isfinite()).nonzero().tolist():
-            diverged(history[row][0], LOSSES[column])
-        history.clear()
-        return rows.mean(0)
+    def log_gradient_norms() -> None:
+        with fork_random(args.seed + progress.step, device, env):
+            batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
+            noise = actor.noise(args.batch_size)
+            norms = gradient_norms(actor, critics, batch, noise, log_alpha.detach().exp(), beta)
+        run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
 
     def score() -> None:
-        """Evaluate, and write it down. Neither training nor its clock notices."""
-        nonlocal start
-        began, phase = time.time(), "offline" if step <= args.offline_steps else "online"
-        scores = evaluate(actor, eval_env, args.eval_episodes, args.seed)
-        for name, value in scores.items():
-            writer.add_scalar(f"eval/{name}", value, step)
-        elapsed = round(seconds + began - start, 2)
-        values = [f"{value:.5g}" for value in scores.values()]
-        eval_csv.writerow([step, phase, "stochastic", *values, args.eval_episodes, elapsed])
-        csv_files["eval.csv"].flush()
-        tqdm.write(f"step {step}, {phase}: {describe(scores)}")
-        start += time.time() - began
+        """Evaluate. Neither training nor its clock notices."""
+        with run.paused(), fork_random(args.seed, device, env):
+            scores = evaluate(choose, eval_env, args.eval_episodes, args.seed)
+        run.report("offline" if progress.step <= args.offline_steps else "online", "stochastic", scores)
 
-    signals = []  # Ctrl-C or a kill is acted upon at the end of the step; the same again stops at once
+    def save() -> None:
+        """Save all that decides how the run goes on from an episode's end."""
+        state = {name: part.state_dict() for name, part in learned.items()}
+        state |= dict(log_alpha=log_alpha.detach(), losses=losses, random=random_states(device, env))
+        run.save({**state, "buffer": buffer.filled(), "buffer_added": buffer.added}, actor)
 
-    def on_signal(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    total = args.offline_steps + args.online_steps
-    bar = tqdm(total=total, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
-    try:
-        while step < total and not signals:
-            online, done = step >= args.offline_steps, True
+    with run, env, eval_env:
+        done = True
+        while progress.step < total:
+            online = progress.step >= args.offline_steps
             beta.fill_(args.online_beta if online else args.beta)
             if online:
-                if not np.isfinite(obs).all():
-                    diverged(step, "observation")
+                if done:
+                    obs = to_obs(env.reset()[0])
+                    queue = []
                 if not len(queue):
-                    policy_obs.copy_(torch.from_numpy(obs))
-                    act()
-                    queue = policy_action.cpu().numpy().copy()
-                    if not np.isfinite(queue).all():
-                        mean_losses()  # if a loss diverged before, it is the one to name
-                        diverged(step, "action")
+                    queue = choose(obs).reshape(-1, action_dim)
+                run.check_finite(observation=obs, action=queue)
                 action, queue = queue[0], queue[1:]
                 next_obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
-                next_obs, reward = to_obs(next_obs), float(reward)
-                if not math.isfinite(reward):
-                    diverged(step + 1, "reward")
-                if not np.isfinite(next_obs).all():  # before it is stored
-                    diverged(step + 1, "observation")
-                buffer.add(obs, action, reward, terminated, next_obs, follows=episode_length > 0)
-                obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
+                next_obs = to_obs(next_obs)
+                run.count_step()
+                run.check_finite(reward=reward, observation=next_obs)  # before it is stored
+                buffer.add(obs, action, reward, terminated, next_obs, follows=not done)
+                obs = next_obs
                 done = terminated or truncated
-            elif step and step % args.rotate_every == 0 and len(files) > 1:
-                data = load_data(files[step // args.rotate_every % len(files)], eval_env, args)
-                buffer.refill(data, len(data))
-            step += 1
-            bar.update()
+            else:
+                if progress.step and progress.step % args.rotate_every == 0 and len(files) > 1:
+                    data = load_data(files[progress.step // args.rotate_every % len(files)], eval_env, args)
+                    buffer.refill(data, len(data))
+                run.count_step()
 
-            if not online or step - args.offline_steps > args.online_start:
+            if not online or progress.step - args.offline_steps > args.online_start:
                 torch.set_float32_matmul_precision(precision)
                 for _ in range(args.utd if online else 1):
                     (update_online if online else update_offline)()
-                    updates += 1
-                    history.append((step, losses.clone()))
-                if step % 1000 == 0:
-                    with fork_random(args.seed + step, device):
-                        batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
-                        noise = actor.noise(args.batch_size)
-                    norms = gradient_norms(actor, critics, batch, noise, log_alpha.detach().exp(), beta)
-                    for i, norm in enumerate(norms.tolist()):
-                        writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
+                    run.log_update(losses)
                 torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
-                if step % 100 == 0:
-                    means = mean_losses().tolist()
-                    for name, value in zip(LOSSES, means, strict=True):
-                        writer.add_scalar(f"losses/{name}", value, step)
-                    writer.add_scalar("charts/SPS", (step - first_step) / (time.time() - start), step)
-                    writer.add_scalar("charts/online", float(online), step)
-                    recent = f"{np.mean(last_returns):.0f}" if last_returns else "-"
-                    bar.set_postfix({"return": recent, "bc": f"{means[4]:.3g}"}, refresh=False)
+                if progress.step % 1000 == 0:
+                    log_gradient_norms()
 
             if online and done:
-                elapsed = seconds + time.time() - start
-                writer.add_scalar("charts/episodic_return", episode_return, step)
-                writer.add_scalar("charts/episodic_length", episode_length, step)
-                success = float(info.get("success", math.nan))
-                returns_csv.writerow([step, episode_return, episode_length, success, round(elapsed, 2)])
-                csv_files["returns.csv"].flush()
-                last_returns.append(episode_return)
-                episode_random, episode_return, episode_length, queue = env_random.state, 0.0, 0, queue[:0]
-            if step % args.eval_every == 0 or step in (args.offline_steps, total):
+                run.end_episode(info)
+            if progress.step % args.eval_every == 0 or progress.step in (args.offline_steps, total):
                 score()
-            if done and step - saved_step >= args.save_every:
+            if done and run.should_save():
                 save()
-            if online and done:
-                obs = to_obs(env.reset()[0])
-        save()
-    except OSError as error:
-        fail(f"step {step}: {error}; {kept()}")
-    finally:
-        bar.close()
-        env.close()
-        eval_env.close()
-        for file in (writer, *csv_files.values()):
-            with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
-                file.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    if step < total:
-        print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
-        raise SystemExit(128 + signals[0])
-    print(f"saved in {run}")
+            if done and run.interrupted:
+                break
+        if progress.step == total:
+            save()
+    run.say_where()
 
 
 # Plumbing: nothing below is the algorithm
@@ -906,59 +742,294 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def explained(what: str):
+    """Turn an exception within it into one line, `what` and the reason."""
+    try:
+        yield
+    except Exception as error:  # a user's environment, or a library, may raise anything
+        fail(f"{what}: {(str(error) or type(error).__name__).splitlines()[0]}")
+
+
+def flag(name: str) -> str:
+    """alpha_lr -> --alpha-lr"""
+    return "--" + name.replace("_", "-")
+
+
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
-    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    args = tyro.cli(Args, description=__doc__)
+    checkpoint = None
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
-        checkpoint = load(Path(folder) / "checkpoint.pt", "buffer")
+        path = Path(folder)
+        name, key = ("checkpoint.pt", "buffer") if args.resume else ("policy.pt", "obs_dim")
+        checkpoint = load(path if path.suffix == ".pt" else path / name, key)
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
         args = tyro.cli(Args, description=__doc__, default=saved)
-        may_change = {"online_steps", "eval_every", "eval_episodes", "save_every", "cuda", "compile", "capture_video"}
-        for field in fields(Args):
-            old, new = getattr(saved, field.name), getattr(args, field.name)
-            if old != new and field.name not in may_change | {"track"}:
-                fail(f"--{field.name.replace('_', '-')} {new} conflicts with {old} of {folder}: drop the flag")
-        if args.resume and args.offline_steps + args.online_steps <= checkpoint["step"]:
-            fail(f"{folder} has reached step {checkpoint['step']}: raise --online-steps to go on")
+        may_change = "online_steps cuda compile capture_video track save_every eval_every eval_episodes".split()
+        for name, old in vars(saved).items():
+            new = getattr(args, name)
+            if new != old and name not in may_change:
+                fail(f"{flag(name)} {new} conflicts with {old} of {folder}: drop the flag")
+        if args.resume and args.offline_steps + args.online_steps <= checkpoint["progress"]["step"]:
+            fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --online-steps to go on")
     task = args.env_id.split("-play")[0]
     betas = BETA.get(task, (100, 100))
     args.beta = betas[0] if args.beta is None else args.beta
     args.online_beta = betas[1] if args.online_beta is None else args.online_beta
     args.sparse = task.startswith(("scene", "puzzle-3x3")) if args.sparse is None else args.sparse
 
-    def check(ok: bool, name: str, requirement: str) -> None:
-        if not ok:
-            fail(f"--{name.replace('_', '-')} must be {requirement}, not {getattr(args, name)}")
-
-    for field in fields(Args):
-        value = getattr(args, field.name)
-        if field.name in ("seed", "offline_steps", "online_steps", "online_start", "collect"):
-            check(value is None or 0 <= value < 2**32, field.name, "0 or more, and below 2^32")
-        elif type(value) is int and field.name not in ("beta", "online_beta"):
-            check(value >= 1, field.name, "1 or more")
-        elif field.name.endswith("_lr") or field.name == "sigma":
-            check(0 < value < math.inf, field.name, "above 0")
-        elif field.name in ("alpha", "beta", "online_beta"):
-            check(0 <= value < math.inf, field.name, "0 or more")
-    check(0 <= args.gamma <= 1, "gamma", "in [0, 1]")
-    check(0 < args.tau <= 1, "tau", "in (0, 1]")
-    check(args.target_entropy is None or math.isfinite(args.target_entropy), "target_entropy", "finite")
-    check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
-    check(args.offline_steps + args.online_steps > 0, "online_steps", "above 0 if --offline-steps is 0")
+    rules = [
+        ("seed|offline_steps|online_st.*", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
+        ("collect", lambda n: n is None or 0 <= n < 2**32, "0 or more, and below 2^32"),
+        ("batch_size", lambda n: 1 <= n <= args.buffer_size, f"from 1 to --buffer-size {args.buffer_size}"),
+        (".*_(size|dim|layers|episodes|every)|flow_steps|chunk|utd", lambda n: n >= 1, "1 or more"),
+        (".*_lr|sigma", lambda x: 0 < x < math.inf, "above 0"),
+        ("alpha|beta|online_beta", lambda x: 0 <= x < math.inf, "0 or more"),
+        ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
+        ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
+        ("cuda", lambda on: torch.cuda.is_available() or not on, "off: this torch finds no CUDA device; use --no-cuda"),
+    ]
+    for names, holds, requirement in rules:
+        for name, value in vars(args).items():
+            if re.fullmatch(names, name) and not holds(value):
+                fail(f"{flag(name)} must be {requirement}, not {value}")
+    if args.capture_video and not args.evaluate:
+        fail("--capture-video goes with --evaluate")
+    if args.offline_steps + args.online_steps == 0:
+        fail("--online-steps must be above 0 if --offline-steps is 0")
     if 0 < args.online_steps <= args.online_start:
         fail(f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: lower it")
     if args.collect and (args.dataset or benchmark_of(args.env_id) == "minari"):
         fail("--collect is for robosuite and OGBench without --dataset; benchmark/collect.py makes other data")
-    if args.learn_sigma:
-        check(math.exp(-5) < args.sigma < math.exp(2), "sigma", "in (0.0068, 7.38), the range of a learned one")
+    if args.learn_sigma and not math.exp(-5) < args.sigma < math.exp(2):
+        fail(f"--sigma must be in (0.0068, 7.38), the range of a learned one, not {args.sigma}")
     if args.autotune and not (args.learn_sigma and args.alpha > 0):
         fail("--autotune needs --learn-sigma, as no fixed sigma meets a target, and --alpha above 0: add --no-autotune")
-    if args.cuda and not torch.cuda.is_available():
-        fail("--cuda: this torch finds no CUDA device; use --no-cuda")
     return args, checkpoint
+
+
+def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
+    """The actor that the flags describe."""
+    velocity = {
+        "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
+        "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
+        "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers),
+    }[args.velocity]
+    return Actor(
+        obs_dim, action_low, action_high, chunk=args.chunk, velocity=velocity, flow_steps=args.flow_steps,
+        score_step=args.score_step, sigma=args.sigma, learn_sigma=args.learn_sigma, sigma_dim=args.sigma_dim,
+    )  # fmt: skip
+
+
+def make_networks(args: Args, env: gym.Env, device: torch.device):
+    """What the flags and the environment ask for; stops the program if it does not fit together, or into memory.
+
+    Returns the actor, two critics, their target networks and an empty buffer.
+    """
+    obs_dim = env.observation_space.shape[0]
+    action_dim = env.action_space.low.size
+    sizes = " ".join(f"{flag(name)} {n}" for name, n in vars(args).items() if name.endswith(("_dim", "_size")))
+    with explained(f"cannot make networks and buffer with {sizes}"):
+        actor = make_actor(args, obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel()).to(device)
+        of_critic = obs_dim, actor.action_dim, args.critic_dim, args.critic_layers
+        critics = nn.ModuleList(Critic(*of_critic) for _ in range(2)).to(device)
+        targets = copy.deepcopy(critics).requires_grad_(False)
+        return actor, critics, targets, ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+
+
+def target_entropy_of(args: Args, actor: Actor) -> float:
+    """--target-entropy, or the policy's default; stops the program if the policy cannot reach it."""
+    target = actor.target_entropy if args.target_entropy is None else args.target_entropy
+    largest = actor.largest_entropy()
+    if args.autotune and target > largest:
+        fail(f"--target-entropy must be at most {largest:.4g}, what the policy can reach; lower it, or --no-autotune")
+    return target
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Its checkpoint holds this."""
+
+    step: int = 0
+    """environment steps"""
+    updates: int = 0
+    """updates of the critics"""
+    seconds: float = 0.0
+    """time spent training, without evaluations"""
+    files: list = field(default_factory=list)
+    """the files that hold the data"""
+    rows: dict = field(
+        default_factory=lambda: {
+            "returns.csv": [["step", "return", "length", "success", "seconds"]],
+            "eval.csv": [["step", "phase", "kind", *SCORES, "episodes", "seconds"]],
+        }
+    )
+    """the CSV files, written anew when a run is resumed"""
+
+
+class Run:
+    """A run's folder and what is written there; its progress bar; and Ctrl-C.
+
+    Made once nothing but the folder can fail. As a context it counts time, and takes the first Ctrl-C or kill for the
+    wish to stop at the episode's end; a second one stops at once. It turns an OSError, such as a full disk, into one
+    line.
+    """
+
+    def __init__(self, args: Args, total: int, checkpoint: Optional[dict], files: list[str]):
+        name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        self.args = args
+        self.total = total  # steps
+        self.folder = Path(args.resume or f"runs/{name}")
+        self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress(files=files)
+        self.saved_step = self.progress.step
+        self.interrupted = 0  # the number of the signal
+        self.history = []  # of (step, losses) since they were last looked at
+        if args.track:
+            with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
+                import wandb
+
+                wandb.init(project="sac-flow", id=name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        with explained(f"cannot write to {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
+            (self.folder / "args.json").write_text(
+                json.dumps(asdict(args) | {"files": self.progress.files}, indent=2) + "\n"
+            )
+            for name, rows in self.progress.rows.items():
+                with open(self.folder / name, "w", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerows(rows)
+            self.writer = SummaryWriter(self.folder, purge_step=self.progress.step + 1 if checkpoint else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        self.writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        done = self.progress.step
+        self.bar = tqdm(total=self.total, initial=done, unit="step", mininterval=1, dynamic_ncols=True)
+        self.clock = time.time() - self.progress.seconds
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(OSError):  # a full disk has its message below; what was saved is on it
+            self.writer.close()
+        if isinstance(error, OSError):
+            fail(f"step {self.progress.step}: {error}; {self.kept()}")
+
+    def on_signal(self, number, frame) -> None:
+        self.interrupted = number
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping at the end of this episode; the same again stops at once", file=sys.stderr)
+
+    def seconds(self) -> float:
+        """Time spent training so far."""
+        return time.time() - self.clock
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens within it takes no time of the run."""
+        began = time.time()
+        yield
+        self.clock += time.time() - began
+
+    def kept(self) -> str:
+        """What an error leaves."""
+        if not self.saved_step:
+            return "no checkpoint yet"
+        return f"the checkpoint of step {self.saved_step} is kept: --resume {self.folder}"
+
+    def check_finite(self, **values) -> None:
+        """Stop the program if a value, by its name, is not finite; a loss that was not is named in its place."""
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                self.mean_losses()
+                fail(f"step {self.progress.step}: {name} is NaN or infinite; {self.kept()}")
+
+    def mean_losses(self) -> dict[str, float]:
+        """Means of the losses since the last call, after a check of each: the only host-device sync for losses."""
+        if not self.history:
+            return {}
+        steps, rows = zip(*self.history, strict=True)
+        rows = torch.stack(rows).cpu()
+        for row, column in (~rows.isfinite()).nonzero().tolist():
+            fail(f"step {steps[row]}: {LOSSES[column]} is NaN or infinite; {self.kept()}")
+        self.history.clear()
+        return dict(zip(LOSSES, rows.mean(0).tolist(), strict=True))
+
+    def log_update(self, losses: torch.Tensor) -> None:
+        """Note an update and its losses; every 100 updates their means are written."""
+        self.progress.updates += 1
+        self.history.append((self.progress.step, losses.clone()))
+        if self.progress.updates % 100 == 0:
+            means = self.mean_losses()
+            self.write_scalars({f"losses/{name}": mean for name, mean in means.items()})
+            self.write_scalars({"charts/SPS": self.progress.step / self.seconds()})
+            recent = [row[1] for row in self.progress.rows["returns.csv"][1:][-10:]]
+            shown = f"{np.mean(recent):.0f}" if recent else "-"
+            self.bar.set_postfix({"return": shown, "alpha": f"{means['alpha']:.3g}"}, refresh=False)
+
+    def count_step(self) -> None:
+        """Note a step of the environment."""
+        self.progress.step += 1
+        self.bar.update()
+
+    def end_episode(self, info: dict) -> None:
+        """Note the end of an episode; `info` is that of its last step."""
+        episode = info["episode"]
+        self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+        success = float(info.get("success", math.nan))
+        self.write_row("returns.csv", float(episode["r"]), episode["l"], success)
+
+    def report(self, phase: str, kind: str, scores: dict[str, float]) -> None:
+        """Note an evaluation."""
+        self.write_scalars({f"eval/{name}": value for name, value in scores.items()})
+        self.write_row("eval.csv", phase, kind, *(f"{value:.5g}" for value in scores.values()), self.args.eval_episodes)
+        tqdm.write(f"step {self.progress.step}, {phase}: {describe(scores)}")
+
+    def write_scalars(self, scalars: dict[str, float]) -> None:
+        """Write to TensorBoard."""
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.progress.step)
+
+    def write_row(self, name: str, *values) -> None:
+        """Write a row of a CSV file, between the step and the seconds."""
+        row = [self.progress.step, *values, round(self.seconds(), 2)]
+        self.progress.rows[name].append(row)
+        with open(self.folder / name, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
+
+    def should_save(self) -> bool:
+        """Whether a checkpoint is due at the end of this episode."""
+        return bool(self.interrupted) or self.progress.step - self.saved_step >= self.args.save_every
+
+    def save(self, state: dict, policy: Actor) -> None:
+        """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
+        self.mean_losses()
+        for network in ("actor", "critics"):
+            self.check_finite(**{f"{network}.{name}": value.cpu() for name, value in state[network].items()})
+        self.progress.seconds = self.seconds()
+        own = {"script": SCRIPT, "args": asdict(self.args), "progress": asdict(self.progress)}
+        self.save_policy("policy.pt", policy)
+        write(self.folder / "checkpoint.pt", own | state)
+        self.saved_step = self.progress.step
+
+    def save_policy(self, name: str, actor: Actor) -> None:
+        """Write an actor, and what builds it, as `load_policy` reads it."""
+        own = {"script": SCRIPT, "args": asdict(self.args), "step": self.progress.step}
+        write(self.folder / name, own | {"obs_dim": actor.obs_dim, "actor": actor.state_dict()})
+
+    def say_where(self) -> None:
+        """Say where the run is, and how to go on with one that was stopped, which has an exit code of its own."""
+        if self.progress.step < self.total:
+            print(f"stopped at step {self.progress.step}; resume with: python {sys.argv[0]} --resume {self.folder}")
+            raise SystemExit(128 + self.interrupted)
+        print(f"saved in {self.folder}")
 
 
 def write(path: Path, state: dict) -> None:
@@ -979,43 +1050,53 @@ def load(path: Path, key: str) -> dict:
     """Read a file of a run that has `key`; stops the program if it is missing, damaged or written by another script."""
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
-    try:
+    with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load would not notice a flipped bit
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        state = None
-    if state is None:
-        fail(f"{path} is truncated or corrupted: restore it from a copy, or start a new run")
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
+            if damaged := archive.testzip():  # torch.load would not notice a flipped bit
+                raise ValueError(damaged)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        written_by = state.get("script", "another program")
+    if written_by != SCRIPT:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
         fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
-    theirs, ours = set(state["args"]), {field.name for field in fields(Args)}
-    if theirs != ours:
-        old, new = (", ".join(sorted(names)) or "none" for names in (theirs - ours, ours - theirs))
+    differing = set(state["args"]) ^ set(vars(Args()))
+    if differing:
+        old = ", ".join(sorted(differing & set(state["args"]))) or "none"
+        new = ", ".join(sorted(differing - set(state["args"]))) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
     return state
 
 
-def random_states(device: torch.device) -> dict:
-    """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
-    name, key, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
+def build_policy(state: dict) -> Actor:
+    """The actor of what `Run.save_policy` wrote, frozen."""
+    args = Args(**state["args"])
+    bounds = torch.ones(len(state["actor"]["scale"]) // args.chunk)  # the true ones are in the state
+    actor = make_actor(args, state["obs_dim"], -bounds, bounds)
+    actor.load_state_dict(state["actor"])
+    return actor.eval().requires_grad_(False)
 
 
-def set_random_states(states: dict, device: torch.device) -> None:
-    """Undo `random_states`, with a note if the run was saved on another kind of device."""
-    random.setstate(states["python"])
-    name, key, *rest = states["numpy"]
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if (states["cuda"] is not None) != (device.type == "cuda"):
-        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
-    elif states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], device)
+def load_policy(path: str) -> Actor:
+    """The actor of a policy.pt, frozen: its `act(obs)` is a chunk, (B, h D)."""
+    return build_policy(load(Path(path), "obs_dim"))
+
+
+def play(args: Args, policy: dict) -> None:
+    """Play a saved policy, with --capture-video as videos, and print what it returns."""
+    actor = build_policy(policy).to("cuda" if args.cuda else "cpu")
+    env = make_env(args, "rgb_array" if args.capture_video else None)
+    path = Path(args.evaluate)
+    if args.capture_video:
+        env = record_videos(env, path.parent if path.suffix == ".pt" else path, "evaluation", lambda episode: True)
+    plain = lambda function: function  # noqa: E731
+    choose = compiled_policy(actor, env, jit=plain, graph=plain)
+    print(f"{path} at step {policy['step']}")
+    with env:
+        for kind in ("deterministic", "stochastic"):
+            seed_random(args.seed)
+            act = partial(choose, deterministic=kind == "deterministic")
+            print(f"{kind}: {describe(evaluate(act, env, args.eval_episodes, args.seed))}")
 
 
 def seed_random(seed: int) -> None:
@@ -1025,13 +1106,40 @@ def seed_random(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def random_states(device: torch.device, env: gym.Env) -> dict:
+    """States of all random generators, in types that torch.load(weights_only=True) accepts."""
+    name, key, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, key.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "env": env.unwrapped.np_random.bit_generator.state,
+        "action_space": env.action_space.np_random.bit_generator.state,
+    }
+
+
+def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
+    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    random.setstate(states["python"])
+    name, key, *rest = states["numpy"]
+    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    env.unwrapped.np_random.bit_generator.state = states["env"]
+    env.action_space.np_random.bit_generator.state = states["action_space"]
+    if (states["cuda"] is not None) != (device.type == "cuda"):
+        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
 @contextlib.contextmanager
-def fork_random(seed: int, device: torch.device):
+def fork_random(seed: int, device: torch.device, env: gym.Env):
     """Within it the random generators start from `seed`; after it they are where they were before."""
-    states = random_states(device)
+    states = random_states(device, env)
     seed_random(seed % 2**32)
     yield
-    set_random_states(states, device)
+    set_random_states(states, device, env)
 
 
 def benchmark_of(env_id: str) -> str:
@@ -1103,8 +1211,12 @@ class SparseReward(gym.RewardWrapper):
 
 def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     """The task as a gymnasium environment, with one-line errors for those that do not exist or cannot be controlled."""
-    package, render = benchmark_of(args.env_id), {"render_mode": render_mode} if render_mode else {}
-    try:
+    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if headless:
+        os.environ.setdefault("MUJOCO_GL", "egl" if render_mode else "disabled")
+    package = benchmark_of(args.env_id)
+    render = {"render_mode": render_mode} if render_mode else {}
+    with explained(f"--env-id {args.env_id}"):
         if package == "robosuite":
             env = RobosuiteEnv(args.env_id, **render)
         elif package == "ogbench":
@@ -1114,9 +1226,8 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
             env = SparseReward(env) if args.sparse else env
         else:
             env = minari_dataset(args).recover_environment(**render)
-    except Exception as error:
-        fail(f"--env-id {args.env_id}: {(str(error) or type(error).__name__).splitlines()[0]}")
-    obs, action = env.observation_space, env.action_space
+    obs = env.observation_space
+    action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         fail(f"--env-id {args.env_id}: observations must be a Box of one dimension, not {obs}; choose another task")
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
@@ -1124,7 +1235,18 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     extent = action.high.astype(np.float32) - action.low.astype(np.float32)
     if not (np.isfinite(extent).all() and (extent > 0).all()):
         fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; choose another task")
-    return env
+    if render_mode == "rgb_array":
+        with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
+            import moviepy  # noqa: F401
+
+            env.reset(seed=0)
+            env.render()
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
+    """Write episodes to MP4 files in `folder`/videos: those that `episodes` names, else gymnasium's choice."""
+    return gym.wrappers.RecordVideo(env, str(folder / "videos"), episodes, name_prefix=prefix, disable_logger=True)
 
 
 def collect(args: Args, looked: list[Path], advice: str) -> Path:
@@ -1150,7 +1272,9 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
 
 
 def find_dataset(args: Args) -> list[Path]:
-    """The files that hold the task's data (several: they are used in turn). Minari finds its own."""
+    """The files that hold the task's data (several: they are used in turn); none for Minari, which finds its own."""
+    if benchmark_of(args.env_id) == "minari":
+        return []
     if args.dataset:
         path = Path(args.dataset).expanduser()
         files = [path]
@@ -1198,7 +1322,7 @@ def joined(episodes: list[dict]) -> dict:
     return {key: np.concatenate([episode[key] for episode in episodes]) for key in COLUMNS} if episodes else {}
 
 
-def read_robomimic(path: Path, task: str) -> dict:
+def read_robomimic(path: str, task: str) -> dict:
     """Arrays of a robomimic low-dim file, see `load_data`."""
     import h5py
 
@@ -1216,7 +1340,7 @@ def read_robomimic(path: Path, task: str) -> dict:
     return joined(episodes)
 
 
-def read_ogbench(path: Path, env: gym.Env, args: Args) -> dict:
+def read_ogbench(path: str, env: gym.Env, args: Args) -> dict:
     """Arrays of an OGBench play file with the rewards of the task, see `load_data`."""
     import ogbench
 
@@ -1243,7 +1367,7 @@ def read_minari(dataset) -> dict:
     ])  # fmt: skip
 
 
-def load_data(path: Optional[Path], env: gym.Env, args: Args) -> torch.Tensor:
+def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     """One data file as rows of `ReplayBuffer`, float32; stops the program if it is damaged or does not fit `env`.
 
     terminated, a success in the manipulation tasks, ends the bootstrap; last, the end of a recorded trajectory for
@@ -1285,19 +1409,6 @@ def load_data(path: Optional[Path], env: gym.Env, args: Args) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(columns, axis=1))
 
 
-def check_video(env: gym.Env) -> None:
-    """Refuse --capture-video where it cannot work; `env` is made with render_mode="rgb_array"."""
-    try:
-        import moviepy  # noqa: F401
-    except ImportError:
-        fail("--capture-video needs moviepy: pip install -r benchmark/requirements.txt")
-    try:
-        env.reset(seed=0)
-        env.render()
-    except Exception as error:
-        fail(f"--capture-video: cannot render here ({error}); without a display set MUJOCO_GL=egl or osmesa")
-
-
 def to_obs(obs) -> np.ndarray:
     """An environment's observation as float32, the type in which it is stored and fed to the networks."""
     return np.asarray(obs, dtype=np.float32)
@@ -1316,34 +1427,31 @@ def success_interval(successes: int, episodes: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int, deterministic: bool = False) -> dict[str, float]:
-    """Play episodes, reset with seed + 0, 1, ..., by whole chunks; the random generators are left as they were.
+def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
+    """Play episodes, reset with seed + 0, 1, ...; `act` maps obs (obs_dim,) to a chunk (h D,), both numpy.
 
-    Returns means: success_rate with its 95 % interval success_low, success_high (NaN if the task reports no success),
+    Returns the means that SCORES names: success_rate with its 95 % interval (NaN if the task reports no success),
     return, its standard error, and length.
     """
-    returns, lengths, successes = np.zeros(episodes), np.zeros(episodes), np.full(episodes, np.nan)
-    device = actor.scale.device
-    with fork_random(seed, device), torch.no_grad():
-        for i in range(episodes):
-            obs, done, queue = env.reset(seed=seed + i)[0], False, []
-            while not done:
-                if not len(queue):
-                    batch = torch.from_numpy(to_obs(obs)).to(device)[None]
-                    queue = actor.act(batch, deterministic).view(-1, env.action_space.low.size).cpu().numpy()
-                action, queue = queue[0], queue[1:]
-                obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
-                returns[i] += float(reward)
-                lengths[i] += 1
-                done = terminated or truncated
-            if "success" in info:
-                successes[i] = float(info["success"])
-    rate = successes.mean()
-    low, high = (math.nan, math.nan) if math.isnan(rate) else success_interval(int(successes.sum()), episodes)
-    return {
-        "success_rate": rate, "success_low": low, "success_high": high, "return": returns.mean(),
-        "return_error": returns.std() / math.sqrt(episodes), "length": lengths.mean(),
-    }  # fmt: skip
+    returns = []
+    lengths = []
+    successes = []
+    for i in range(episodes):
+        obs, info = env.reset(seed=seed + i)
+        queue = []
+        while "episode" not in info:  # it is over
+            if not len(queue):
+                queue = act(to_obs(obs)).reshape(-1, env.action_space.low.size)
+            obs, _, _, _, info = env.step(to_action(queue[0], env.action_space))
+            queue = queue[1:]
+        returns.append(float(info["episode"]["r"]))
+        lengths.append(info["episode"]["l"])
+        successes.append(float(info.get("success", math.nan)))
+    rate = np.mean(successes)
+    interval = (math.nan, math.nan) if math.isnan(rate) else success_interval(int(sum(successes)), episodes)
+    error = np.std(returns) / math.sqrt(episodes)
+    values = [rate, *interval, np.mean(returns), error, np.mean(lengths)]
+    return dict(zip(SCORES, values, strict=True))
 
 
 def describe(scores: dict[str, float]) -> str:
@@ -1352,6 +1460,27 @@ def describe(scores: dict[str, float]) -> str:
         f"success {scores['success_rate']:.2f} [{scores['success_low']:.2f}, {scores['success_high']:.2f}], "
     )  # fmt: skip
     return f"{success}return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
+
+
+def compiled_policy(actor: Actor, env: gym.Env, jit, graph):
+    """`actor.act` for one observation, compiled: a function of obs (obs_dim,) to a chunk (h D,), both numpy."""
+    policy_obs = torch.zeros(1, *env.observation_space.shape, device=actor.scale.device)
+    policy_noise = actor.noise(1, deterministic=True)
+    policy_action = torch.zeros_like(actor.scale)
+    rollout = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+
+    @graph
+    def act() -> None:
+        with torch.no_grad():
+            policy_action.copy_(rollout(policy_obs, policy_noise)[0])
+
+    def choose(obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        policy_obs.copy_(torch.from_numpy(obs))
+        policy_noise.copy_(actor.noise(1, deterministic))
+        act()
+        return policy_action.cpu().numpy().copy()
+
+    return choose
 
 
 def find_compiler(device: torch.device):
@@ -1379,17 +1508,17 @@ def find_compiler(device: torch.device):
         return lambda function: function
 
 
-def matmul_precision(device: torch.device, bf16: bool) -> str:
-    """The precision to ask for in the updates: "medium" if products may be rounded, or if it rounds nothing here.
+def matmul_precision(device: torch.device) -> str:
+    """The precision to ask for in the updates: "medium" if it rounds nothing here, else "highest".
 
     On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
     computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
     """
-    x = torch.rand(256, 256, device=device)
+    x = torch.arange(2**16, device=device).sin().abs().view(256, 256)  # no random numbers, which the run counts on
     torch.set_float32_matmul_precision("medium")
     medium = x @ x
     torch.set_float32_matmul_precision("highest")
-    return "medium" if bf16 or torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
+    return "medium" if torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
 
 
 class CudaGraph:

@@ -35,8 +35,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections import deque
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Literal, NoReturn, Optional
@@ -65,12 +64,12 @@ class Args:
     """seed of every random generator"""
     total_timesteps: int = 1_000_000
     """environment steps of the whole run"""
+    max_episode_steps: Optional[int] = None
+    """steps after which an episode is truncated; default: the environment's own limit, 10 000 where it has none"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU (the default where there is one)"""
     compile: bool = True
     """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
-    bf16: bool = False
-    """let matrix products round their float32 factors to bfloat16 (TF32 on a GPU) where that is faster"""
     capture_video: bool = False
     """write videos of some training episodes, or of those of --evaluate, to <run>/videos"""
     track: bool = False
@@ -189,7 +188,10 @@ class Actor(nn.Module):
     ):  # fmt: skip
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
-        self.flow_steps, self.score_step, self.action_dim = flow_steps, score_step, len(low)
+        self.flow_steps = flow_steps
+        self.score_step = score_step
+        self.obs_dim = obs_dim
+        self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
             raise ValueError(f"score_step must be exponential, euler or none, not {score_step}")
         self.target_entropy = 0.0  # the paper's, of the path
@@ -359,6 +361,12 @@ def alpha_loss(log_alpha, log_prob, target_entropy):
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 
+def record(losses, **values) -> None:
+    """Put values, by their names in LOSSES, where the log finds them."""
+    for name, value in values.items():
+        losses[LOSSES.index(name)].copy_(value)
+
+
 def with_gradients(loss_function, network):
     """`loss_function` with its gradients in the same graph: function(*inputs) -> loss, *rest, gradients.
 
@@ -383,19 +391,29 @@ def apply_gradients(optimizer, gradients) -> None:
     optimizer.step()
 
 
+def average_of(actor):
+    """A copy of the actor for a moving average of its weights, with the running statistics of the one that learns."""
+    average = copy.deepcopy(actor).requires_grad_(False)
+    for name, statistic in actor.norm.named_buffers():
+        setattr(average.norm, name, statistic)
+    return average
+
+
+def move_average(average, network, weight: float) -> None:
+    """Move the parameters of `average` towards those of `network`, which enter with `weight`."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
+
+
 def gradient_norms(actor, critics, obs, noise, alpha):
     """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible.
 
-    As the actor's update sees it, normalised by the batch; running statistics and modes stay as they are.
+    As the actor's update sees it, normalised by the batch; in copies, so that no running statistics move.
     """
-    modes, statistics = (actor.norm.training, critics.training), copy.deepcopy(actor.norm.state_dict())
-    actor.norm.train()
-    critics.eval()
+    actor = copy.deepcopy(actor).train()
+    critics = copy.deepcopy(critics).eval()
     loss, _, *path = actor_loss(actor, critics, obs, noise.requires_grad_(), alpha)
     gradients = torch.stack(torch.autograd.grad(len(obs) * loss, path))  # (K+1, B, D), the mean of the loss undone
-    actor.norm.load_state_dict(statistics)
-    actor.norm.train(modes[0])
-    critics.train(modes[1])
     return gradients.norm(dim=2).mean(1)  # (K+1,)
 
 
@@ -434,342 +452,139 @@ class ReplayBuffer:
         self.added = added
         self.size.fill_(len(self))
 
-    def last_actions(self, n: int) -> np.ndarray:
-        """The last n actions added, oldest first, (n, D)."""
-        index = torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)
-        return self.rows[index].split(self.widths, dim=1)[1].cpu().numpy()
-
-    def last_obs(self) -> np.ndarray:
-        """The next_obs of the last transition added, (obs_dim,)."""
-        return self.rows[(self.added - 1) % len(self.rows)].split(self.widths)[4].cpu().numpy()
-
 
 def main() -> None:
     args, checkpoint = parse_args()
-    device = torch.device("cuda" if args.cuda else "cpu")
-    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    if args.capture_video and headless:
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    render_mode = "rgb_array" if args.capture_video else "human" if args.evaluate and not headless else None
-    env = make_env(args.env_id, render_mode)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
-    run = Path(args.resume or args.evaluate or "runs")
-    run = run.parent if run.suffix == ".pt" else run
-    if not checkpoint:
-        run /= f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    if args.capture_video:
-        check_video(env)
-    videos = partial(gym.wrappers.RecordVideo, video_folder=str(run / "videos"), disable_logger=True)
-
-    precision = matmul_precision(device, args.bf16)
-    seed_random(args.seed)
-    try:
-        actor = make_actor(args, obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel()).to(device).eval()
-        critics = [Critic(obs_dim, action_dim, args.critic_dim, renorm_of(args)) for _ in range(2)]
-        critics = nn.ModuleList(critics).to(device)
-        buffer = None if args.evaluate else ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    except (ValueError, RuntimeError) as error:  # sizes that do not fit together, or not into memory
-        sizes = ", ".join(f"--{name.replace('_', '-')}" for name in vars(args) if name.endswith(("_dim", "_size")))
-        fail(f"{str(error).splitlines()[0]} (sizes: {sizes})")
     if args.evaluate:
-        actor.load_state_dict(checkpoint["actor"])
-        print(f"{args.evaluate} at step {checkpoint['step']}")
-        if args.capture_video:
-            env = videos(env, name_prefix="evaluation", episode_trigger=lambda episode: True)
-
-        @torch.no_grad()
-        def play(obs: np.ndarray, deterministic: bool) -> np.ndarray:
-            return actor.act(torch.from_numpy(obs).to(device)[None], deterministic)[0].cpu().numpy()
-
-        for kind in ("deterministic", "stochastic"):
-            act_so = partial(play, deterministic=kind == "deterministic")
-            print(f"{kind}: {describe(evaluate(act_so, env, args.eval_episodes, args.seed))}")
-        env.close()
-        return
-
-    # The actor that is evaluated: a moving average of the weights, with the running statistics of the one that learns.
-    average = copy.deepcopy(actor).requires_grad_(False)
-    for name, statistic in actor.norm.named_buffers():
-        setattr(average.norm, name, statistic)
-    targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
-    target_entropy = actor.target_entropy if args.target_entropy is None else args.target_entropy
-    if args.autotune and target_entropy > actor.largest_entropy():
-        reach = f"at most {actor.largest_entropy():.4g}, what the policy can reach; lower it, or --no-autotune"
-        fail(f"--target-entropy must be {reach}")
+        return play(args, checkpoint)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    env = make_env(args.env_id, args.max_episode_steps, "rgb_array" if args.capture_video else None)
+    eval_env = make_env(args.env_id, args.max_episode_steps)
+    seed_random(args.seed)
+    actor, average, critics, targets, buffer = make_networks(args, env, device)
     log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
+    target_entropy = target_entropy_of(args, actor)
     adam = partial(torch.optim.Adam, betas=(args.adam_b1, 0.999), fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    learned = {
-        "actor": actor, "average": average, "critics": critics, "actor_optimizer": actor_optimizer,
-        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
-        **({"targets": targets} if targets else {}),
-    }  # fmt: skip
     losses = torch.zeros(len(LOSSES), device=device)
-    policy_obs, policy_action = torch.zeros(1, obs_dim, device=device), torch.zeros(action_dim, device=device)
-    policy_noise = actor.noise(1, deterministic=True)
-    step, updates, seconds, saved_step, best = 0, 0, 0.0, 0, -math.inf
-    lengths = {"returns.csv": 0, "eval.csv": 0}
+    learned = dict(actor=actor, average=average, critics=critics, **({"targets": targets} if targets else {}))
+    learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
+
+    env.reset(seed=args.seed)
+    env.action_space.seed(args.seed)
     if checkpoint:
         for name, part in learned.items():
             part.load_state_dict(checkpoint[name])
         log_alpha.data.copy_(checkpoint["log_alpha"])
         losses.copy_(checkpoint["losses"])
         buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
-        step, updates, seconds = checkpoint["step"], checkpoint["updates"], checkpoint["seconds"]
-        saved_step, best, lengths = step, checkpoint["best"], checkpoint["lengths"]
-        for name, length in lengths.items():
-            if not (run / name).is_file() or (run / name).stat().st_size < length:
-                fail(f"{run / name} is shorter than when the checkpoint was saved: restore it from a copy")
-
-    if args.track:
-        try:
-            import wandb
-
-            wandb.init(project="sac-flow", id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-        except ImportError:
-            fail("--track needs wandb: pip install -r benchmark/requirements.txt")
-        except Exception as error:
-            fail(f"--track: {(str(error) or type(error).__name__).splitlines()[0]}")
-    try:
-        run.mkdir(parents=True, exist_ok=bool(checkpoint))
-        (run / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        writer = SummaryWriter(run, purge_step=step + 1 if checkpoint else None)
-        csv_files = {name: open(run / name, "r+" if checkpoint else "w", newline="") for name in lengths}
-        for name, length in lengths.items():
-            csv_files[name].truncate(length)
-            csv_files[name].seek(length)
-    except OSError as error:
-        fail(f"cannot write to {run}: {error.strerror}")
-    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    returns_csv, eval_csv = (csv.writer(file, lineterminator="\n") for file in csv_files.values())
-    if not checkpoint:
-        returns_csv.writerow(["step", "return", "length", "seconds"])
-        eval_csv.writerow(["step", "kind", "return", "return_error", "length", "episodes", "seconds"])
-
-    eval_env = make_env(args.env_id)
-    env.reset(seed=args.seed)
-    env.action_space.seed(args.seed)
-    env_random, space_random = env.unwrapped.np_random.bit_generator, env.action_space.np_random.bit_generator
+        set_random_states(checkpoint["random"], device, env)
+    run = Run(args, args.total_timesteps, checkpoint)
+    progress = run.progress
     if args.capture_video:
-        env = videos(env, name_prefix=f"from-step-{step}")
-    episode_return, episode_length = 0.0, 0
-    if checkpoint:
-        set_random_states(checkpoint["random"], device)
-        env_random.state, space_random.state = checkpoint["env_random"], checkpoint["space_random"]
-        episode_length = checkpoint["episode_length"]
-    episode_random = env_random.state  # before the reset: where this episode can be replayed from
-    obs = to_obs(env.reset()[0])
-    if episode_length:  # the run stopped in an episode: the same reset and actions lead back to the same state
-        for action in buffer.last_actions(min(episode_length, len(buffer))):
-            next_obs, reward, *_ = env.step(to_action(action, env.action_space))
-            obs, episode_return = to_obs(next_obs), episode_return + float(reward)
-        if episode_length > len(buffer) or not np.array_equal(obs, buffer.last_obs()):
-            print("note: the interrupted episode could not be replayed; starting a new one", file=sys.stderr)
-            episode_random, episode_return, episode_length = env_random.state, 0.0, 0
-            obs = to_obs(env.reset()[0])
+        env = record_videos(env, run.folder, f"from-step-{progress.step}")
 
     jit = find_compiler(device) if args.compile else lambda function: function
-    policy = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
-    averaged_policy = jit(lambda obs, noise: average.rollout(obs, noise)[0])
+    graph = CudaGraph if args.compile and args.cuda else lambda function: function
+    precision = matmul_precision(device)
+    choose = compiled_policy(actor, env, jit, graph)
+    choose_averaged = compiled_policy(average, env, jit, graph)
     critic_gradients = jit(with_gradients(critic_loss, critics))
     actor_gradients = jit(with_gradients(actor_loss, actor))
 
-    # What runs on the device: actions, to train and to evaluate, and the updates. Nothing is taken or returned, so that
-    # each can be a CUDA graph.
-    def act() -> None:
-        with torch.no_grad():
-            policy_action.copy_(policy(policy_obs, policy_noise)[0])
-
-    def act_averaged() -> None:
-        with torch.no_grad():
-            policy_action.copy_(averaged_policy(policy_obs, policy_noise)[0])
-
+    @graph  # what it decorates takes and returns nothing
     def update_critic() -> None:
-        batch, noise, alpha = buffer.sample(args.batch_size), actor.noise(args.batch_size), log_alpha.detach().exp()
+        batch = buffer.sample(args.batch_size)
+        noise = actor.noise(args.batch_size)
+        alpha = log_alpha.detach().exp()
         loss, q, gradients = critic_gradients(actor, critics, targets, batch, noise, alpha, args.gamma)
         apply_gradients(critic_optimizer, gradients)
         if targets:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(targets.parameters()), list(critics.parameters()), args.tau)
-        losses[:2] = torch.stack([loss, q])
+            move_average(targets, critics, args.tau)
+        record(losses, qf_loss=loss, qf_values=q)
 
+    @graph
     def update_actor() -> None:
-        (obs, *_), alpha = buffer.sample(args.batch_size), log_alpha.detach().exp()
+        obs, *_ = buffer.sample(args.batch_size)
+        noise = actor.noise(args.batch_size)
+        alpha = log_alpha.detach().exp()
         actor.norm.train()  # it normalises by running statistics, but for its own update
         critics.eval()
-        loss, log_prob, gradients = actor_gradients(actor, critics, obs, actor.noise(args.batch_size), alpha)
-        apply_gradients(actor_optimizer, gradients)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(actor.parameters()), 1 - args.actor_average)
+        loss, log_prob, gradients = actor_gradients(actor, critics, obs, noise, alpha)
         actor.norm.eval()
         critics.train()
+        apply_gradients(actor_optimizer, gradients)
+        move_average(average, actor, 1 - args.actor_average)
         loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
         if args.autotune:
             apply_gradients(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
-        losses[2:] = torch.stack([loss, loss_alpha.detach(), alpha, -log_prob])
+        record(losses, actor_loss=loss, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob)
 
-    if args.compile and args.cuda:
-        act, act_averaged = CudaGraph(act), CudaGraph(act_averaged)
-        update_critic, update_actor = CudaGraph(update_critic), CudaGraph(update_actor)
-
-    history, last_returns, start, first_step = [], deque(maxlen=10), time.time(), step
-
-    def choose(obs: np.ndarray, act=act, deterministic: bool = False) -> np.ndarray:
-        """An action (D,) for obs (obs_dim,)."""
-        policy_obs.copy_(torch.from_numpy(obs))
-        policy_noise.copy_(actor.noise(1, deterministic))
-        act()
-        return policy_action.cpu().numpy().copy()
-
-    def save_policy(name: str) -> None:
-        """Write the averaged actor, and what builds it, as `load_policy` reads it."""
-        space = env.action_space
-        state = dict(script=SCRIPT, args=asdict(args), step=step, obs_dim=obs_dim, actor=average.state_dict())
-        state.update(action_low=space.low.ravel().tolist(), action_high=space.high.ravel().tolist())
-        write(run / name, state)
+    def log_gradient_norms() -> None:
+        with fork_random(args.seed + progress.step, device, env):
+            obs, *_ = buffer.sample(args.batch_size)
+            norms = gradient_norms(actor, critics, obs, actor.noise(args.batch_size), log_alpha.detach().exp())
+        run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
 
     def score(kind: Literal["deterministic", "stochastic"]) -> None:
-        """Evaluate the averaged actor and write it down. Neither training nor its clock notices."""
-        nonlocal best, start
-        began = time.time()
-        with fork_random(args.seed, device):
-            act_so = partial(choose, act=act_averaged, deterministic=kind == "deterministic")
-            scores = evaluate(act_so, eval_env, args.eval_episodes, args.seed)
-        for name, value in scores.items():
-            writer.add_scalar(f"eval/{name}" if kind == "deterministic" else f"eval/{kind}_{name}", value, step)
-        elapsed = round(seconds + began - start, 2)
-        eval_csv.writerow([step, kind, *(f"{value:.5g}" for value in scores.values()), args.eval_episodes, elapsed])
-        csv_files["eval.csv"].flush()
-        tqdm.write(f"step {step}, {kind}: {describe(scores)}")
-        if kind == "deterministic" and scores["return"] > best:
-            best = float(scores["return"])
-            save_policy("policy_best.pt")
-        start += time.time() - began
+        """Evaluate the averaged actor. Neither training nor its clock notices."""
+        with run.paused(), fork_random(args.seed, device, env):
+            act = partial(choose_averaged, deterministic=kind == "deterministic")
+            scores = evaluate(act, eval_env, args.eval_episodes, args.seed)
+        if run.report(kind, scores):  # the best so far
+            run.save_policy("policy_best.pt", average)
 
     def save() -> None:
-        """Write the checkpoint: all that decides how the run goes on, and the way back to this point of the episode."""
-        nonlocal saved_step
-        for file in csv_files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        mean_losses()
-        for name in ("actor", "critics"):
-            for parameter, value in learned[name].state_dict().items():
-                if not value.isfinite().all():
-                    diverged(step, f"{name}.{parameter}")
+        """Save all that decides how the run goes on from an episode's end."""
         state = {name: part.state_dict() for name, part in learned.items()}
-        state.update(
-            script=SCRIPT, args=asdict(args), log_alpha=log_alpha.detach(), losses=losses, buffer=buffer.filled(),
-            buffer_added=buffer.added, step=step, updates=updates, seconds=seconds + time.time() - start, best=best,
-            lengths={name: file.tell() for name, file in csv_files.items()}, random=random_states(device),
-            space_random=space_random.state, env_random=episode_random, episode_length=episode_length,
-        )  # fmt: skip
-        save_policy("policy.pt")
-        write(run / "checkpoint.pt", state)
-        saved_step = step
+        state |= dict(log_alpha=log_alpha.detach(), losses=losses, random=random_states(device, env))
+        run.save({**state, "buffer": buffer.filled(), "buffer_added": buffer.added}, average)
 
-    def kept() -> str:
-        return f"the checkpoint of step {saved_step} is kept: --resume {run}" if saved_step else "no checkpoint yet"
-
-    def diverged(step: int, name: str) -> NoReturn:
-        fail(f"step {step}: {name} is NaN or infinite; {kept()}")
-
-    def mean_losses() -> torch.Tensor:
-        """Means of the losses since the last call, after a check of each: the only host-device sync for losses."""
-        rows = torch.stack(history).cpu() if history else torch.zeros(1, len(LOSSES))
-        for row, column in (~rows.isfinite()).nonzero().tolist():
-            diverged(step - len(rows) + 1 + row, LOSSES[column])
-        history.clear()
-        return rows.mean(0)
-
-    signals = []  # Ctrl-C or a kill is acted upon at the end of the step; the same again stops at once
-
-    def on_signal(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1, dynamic_ncols=True)
-    try:
-        while step < args.total_timesteps and not signals:
-            if not np.isfinite(obs).all():
-                diverged(step, "observation")
-            if step < args.learning_starts:
+    with run, env, eval_env:
+        done = True
+        while progress.step < args.total_timesteps:
+            if done:
+                obs = to_obs(env.reset()[0])
+            if progress.step < args.learning_starts:
                 action = env.action_space.sample().ravel().astype(np.float32)
             else:
                 action = choose(obs)
-                if not np.isfinite(action).all():
-                    mean_losses()  # if a loss diverged before, it is the one to name
-                    diverged(step, "action")
-            next_obs, reward, terminated, truncated, _ = env.step(to_action(action, env.action_space))
-            next_obs, reward, step = to_obs(next_obs), float(reward), step + 1
-            if not math.isfinite(reward):
-                diverged(step, "reward")
-            if not np.isfinite(next_obs).all():  # before it is stored
-                diverged(step, "observation")
+            run.check_finite(observation=obs, action=action)
+            next_obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
+            next_obs = to_obs(next_obs)
+            run.count_step()
+            run.check_finite(reward=reward, observation=next_obs)  # before it is stored
             buffer.add(obs, action, reward, terminated, next_obs)  # truncation is not termination: it bootstraps
-            obs, episode_return, episode_length = next_obs, episode_return + reward, episode_length + 1
-            bar.update()
+            obs = next_obs
+            done = terminated or truncated
 
-            if step > args.learning_starts:
+            if progress.step > args.learning_starts:
                 torch.set_float32_matmul_precision(precision)
                 update_critic()
-                if updates % args.actor_delay == 0:
+                if progress.updates % args.actor_delay == 0:
                     update_actor()
-                    if updates // args.actor_delay % 1000 == 0:
-                        with fork_random(args.seed + step, device):
-                            (batch_obs, *_), noise = buffer.sample(args.batch_size), actor.noise(args.batch_size)
-                        norms = gradient_norms(actor, critics, batch_obs, noise, log_alpha.detach().exp())
-                        for i, norm in enumerate(norms.tolist()):
-                            writer.add_scalar(f"flow/grad_norm_step_{i}", norm, step)
                 torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
-                updates += 1
-                history.append(losses.clone())
-                if step % 100 == 0:
-                    means = mean_losses().tolist()
-                    for name, value in zip(LOSSES, means, strict=True):
-                        writer.add_scalar(f"losses/{name}", value, step)
-                    sps = (step - first_step) / (time.time() - start)
-                    writer.add_scalar("charts/SPS", sps, step)
-                    recent = f"{np.mean(last_returns):.0f}" if last_returns else "-"
-                    bar.set_postfix({"return": recent, "alpha": f"{means[4]:.3g}"}, refresh=False)
+                if progress.updates % (1000 * args.actor_delay) == 0:
+                    log_gradient_norms()
+                run.log_update(losses)
 
-            if args.eval_every and step % args.eval_every == 0:  # before a checkpoint of this step
+            if args.eval_every and progress.step % args.eval_every == 0:  # before a checkpoint of this step
                 score("deterministic")
-            if terminated or truncated:
-                elapsed = seconds + time.time() - start
-                writer.add_scalar("charts/episodic_return", episode_return, step)
-                writer.add_scalar("charts/episodic_length", episode_length, step)
-                returns_csv.writerow([step, episode_return, episode_length, round(elapsed, 2)])
-                csv_files["returns.csv"].flush()
-                last_returns.append(episode_return)
-                episode_random, episode_return, episode_length = env_random.state, 0.0, 0
-                if step - saved_step >= args.save_every:
+            if done:
+                run.end_episode(info)
+                if run.should_save():
                     save()
-                obs = to_obs(env.reset()[0])
-        save()
-        if args.eval_every and step == args.total_timesteps:  # a run that is extended goes on from before this
-            if step % args.eval_every:
-                score("deterministic")
-            score("stochastic")
-    except OSError as error:
-        fail(f"step {step}: {error}; {kept()}")
-    finally:
-        bar.close()
-        env.close()
-        eval_env.close()
-        for file in (writer, *csv_files.values()):
-            with contextlib.suppress(OSError):  # a full disk has had its message; what was saved is on it
-                file.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    if step < args.total_timesteps:
-        print(f"stopped at step {step}; to go on: python {SCRIPT}.py --resume {run}")
-        raise SystemExit(128 + signals[0])
-    print(f"saved in {run}")
+                if run.interrupted:
+                    break
+        if progress.step == args.total_timesteps:
+            save()
+            if args.eval_every:  # a run that is extended goes on from before this
+                if progress.step % args.eval_every:
+                    score("deterministic")
+                score("stochastic")
+    run.say_where()
 
 
 # Plumbing: nothing below is the algorithm
@@ -781,9 +596,24 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def explained(what: str):
+    """Turn an exception within it into one line, `what` and the reason."""
+    try:
+        yield
+    except Exception as error:  # a user's environment, or a library, may raise anything
+        fail(f"{what}: {(str(error) or type(error).__name__).splitlines()[0]}")
+
+
+def flag(name: str) -> str:
+    """alpha_lr -> --alpha-lr"""
+    return "--" + name.replace("_", "-")
+
+
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
-    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    args = tyro.cli(Args, description=__doc__)
+    checkpoint = None
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
@@ -793,35 +623,29 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
         args = tyro.cli(Args, description=__doc__, default=saved)
-        may_change = {"total_timesteps", "cuda", "compile", "capture_video", "track", "save_every"}
-        may_change |= {"eval_every", "eval_episodes"}
-        for field in fields(Args):
-            old, new = getattr(saved, field.name), getattr(args, field.name)
-            if old != new and field.name not in may_change:
-                fail(f"--{field.name.replace('_', '-')} {new} conflicts with {old} of {folder}: drop the flag")
-        if args.resume and args.total_timesteps <= checkpoint["step"]:
-            fail(f"{folder} has reached step {checkpoint['step']}: raise --total-timesteps to go on")
+        may_change = "total_timesteps cuda compile capture_video track save_every eval_every eval_episodes".split()
+        for name, old in vars(saved).items():
+            new = getattr(args, name)
+            if new != old and name not in may_change:
+                fail(f"{flag(name)} {new} conflicts with {old} of {folder}: drop the flag")
+        if args.resume and args.total_timesteps <= checkpoint["progress"]["step"]:
+            fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --total-timesteps to go on")
 
-    def check(ok: bool, name: str, requirement: str) -> None:
-        if not ok:
-            fail(f"--{name.replace('_', '-')} must be {requirement}, not {getattr(args, name)}")
-
-    for field in fields(Args):
-        value = getattr(args, field.name)
-        if field.name in ("seed", "learning_starts", "renorm_warmup", "eval_every"):
-            check(0 <= value < 2**32, field.name, "0 or more, and below 2^32")
-        elif type(value) is int:
-            check(value >= 1, field.name, "1 or more")
-        elif field.name.endswith("_lr") or field.name == "alpha":
-            check(0 < value < math.inf, field.name, "above 0")
-    check(0 <= args.gamma <= 1, "gamma", "in [0, 1]")
-    check(0 <= args.adam_b1 < 1, "adam_b1", "in [0, 1)")
-    check(0 < args.tau <= 1, "tau", "in (0, 1]")
-    check(0 <= args.actor_average < 1, "actor_average", "in [0, 1)")
-    check(args.target_entropy is None or math.isfinite(args.target_entropy), "target_entropy", "finite")
-    check(args.batch_size <= args.buffer_size, "batch_size", f"at most --buffer-size {args.buffer_size}")
-    if args.cuda and not torch.cuda.is_available():
-        fail("--cuda: this torch finds no CUDA device; use --no-cuda")
+    rules = [
+        ("seed|learning_starts|renorm_warmup|eval_every", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
+        ("batch_size", lambda n: 1 <= n <= args.buffer_size, f"from 1 to --buffer-size {args.buffer_size}"),
+        (".*_(size|dim|layers|steps|timesteps|episodes|delay)|save_every", lambda n: n is None or n >= 1, "1 or more"),
+        (".*_lr|alpha", lambda x: 0 < x < math.inf, "above 0"),
+        ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("adam_b1|actor_average", lambda x: 0 <= x < 1, "in [0, 1)"),
+        ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
+        ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
+        ("cuda", lambda on: torch.cuda.is_available() or not on, "off: this torch finds no CUDA device; use --no-cuda"),
+    ]
+    for names, holds, requirement in rules:
+        for name, value in vars(args).items():
+            if re.fullmatch(names, name) and not holds(value):
+                fail(f"{flag(name)} must be {requirement}, not {value}")
     return args, checkpoint
 
 
@@ -837,6 +661,215 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
         obs_dim, action_low, action_high, flow_steps=args.flow_steps, score_step=args.score_step,
         sigma_dim=args.sigma_dim, renorm=renorm_of(args), **velocity,
     )  # fmt: skip
+
+
+def make_networks(args: Args, env: gym.Env, device: torch.device):
+    """What the flags and the environment ask for; stops the program if it does not fit together, or into memory.
+
+    Returns the actor, its average, two critics, their target networks (None with CrossQ) and an empty buffer.
+    """
+    obs_dim = env.observation_space.shape[0]
+    action_dim = env.action_space.low.size
+    sizes = " ".join(f"{flag(name)} {n}" for name, n in vars(args).items() if name.endswith(("_dim", "_size")))
+    with explained(f"cannot make networks and buffer with {sizes}"):
+        actor = make_actor(args, obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel())
+        actor = actor.to(device).eval()
+        critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm_of(args)) for _ in range(2))
+        critics = critics.to(device)
+        targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
+        return actor, average_of(actor), critics, targets, ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+
+
+def target_entropy_of(args: Args, actor: Actor) -> float:
+    """--target-entropy, or the policy's default; stops the program if the policy cannot reach it."""
+    target = actor.target_entropy if args.target_entropy is None else args.target_entropy
+    largest = actor.largest_entropy()
+    if args.autotune and target > largest:
+        fail(f"--target-entropy must be at most {largest:.4g}, what the policy can reach; lower it, or --no-autotune")
+    return target
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Its checkpoint holds this."""
+
+    step: int = 0
+    """environment steps"""
+    updates: int = 0
+    """updates of the critics"""
+    seconds: float = 0.0
+    """time spent training, without evaluations"""
+    best: float = -math.inf
+    """highest return of an evaluation"""
+    rows: dict = field(
+        default_factory=lambda: {
+            "returns.csv": [["step", "return", "length", "seconds"]],
+            "eval.csv": [["step", "kind", "return", "return_error", "length", "episodes", "seconds"]],
+        }
+    )
+    """the CSV files, written anew when a run is resumed"""
+
+
+class Run:
+    """A run's folder and what is written there; its progress bar; and Ctrl-C.
+
+    Made once nothing but the folder can fail. As a context it counts time, and takes the first Ctrl-C or kill for the
+    wish to stop at the episode's end; a second one stops at once. It turns an OSError, such as a full disk, into one
+    line.
+    """
+
+    def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
+        name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        self.args = args
+        self.total = total  # steps
+        self.folder = Path(args.resume or f"runs/{name}")
+        self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
+        self.saved_step = self.progress.step
+        self.interrupted = 0  # the number of the signal
+        self.history = []  # of (step, losses) since they were last looked at
+        if args.track:
+            with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
+                import wandb
+
+                wandb.init(project="sac-flow", id=name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        with explained(f"cannot write to {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
+            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            for name, rows in self.progress.rows.items():
+                with open(self.folder / name, "w", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerows(rows)
+            self.writer = SummaryWriter(self.folder, purge_step=self.progress.step + 1 if checkpoint else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        self.writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        done = self.progress.step
+        self.bar = tqdm(total=self.total, initial=done, unit="step", mininterval=1, dynamic_ncols=True)
+        self.clock = time.time() - self.progress.seconds
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(OSError):  # a full disk has its message below; what was saved is on it
+            self.writer.close()
+        if isinstance(error, OSError):
+            fail(f"step {self.progress.step}: {error}; {self.kept()}")
+
+    def on_signal(self, number, frame) -> None:
+        self.interrupted = number
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping at the end of this episode; the same again stops at once", file=sys.stderr)
+
+    def seconds(self) -> float:
+        """Time spent training so far."""
+        return time.time() - self.clock
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens within it takes no time of the run."""
+        began = time.time()
+        yield
+        self.clock += time.time() - began
+
+    def kept(self) -> str:
+        """What an error leaves."""
+        if not self.saved_step:
+            return "no checkpoint yet"
+        return f"the checkpoint of step {self.saved_step} is kept: --resume {self.folder}"
+
+    def check_finite(self, **values) -> None:
+        """Stop the program if a value, by its name, is not finite; a loss that was not is named in its place."""
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                self.mean_losses()
+                fail(f"step {self.progress.step}: {name} is NaN or infinite; {self.kept()}")
+
+    def mean_losses(self) -> dict[str, float]:
+        """Means of the losses since the last call, after a check of each: the only host-device sync for losses."""
+        if not self.history:
+            return {}
+        steps, rows = zip(*self.history, strict=True)
+        rows = torch.stack(rows).cpu()
+        for row, column in (~rows.isfinite()).nonzero().tolist():
+            fail(f"step {steps[row]}: {LOSSES[column]} is NaN or infinite; {self.kept()}")
+        self.history.clear()
+        return dict(zip(LOSSES, rows.mean(0).tolist(), strict=True))
+
+    def log_update(self, losses: torch.Tensor) -> None:
+        """Note an update and its losses; every 100 updates their means are written."""
+        self.progress.updates += 1
+        self.history.append((self.progress.step, losses.clone()))
+        if self.progress.updates % 100 == 0:
+            means = self.mean_losses()
+            self.write_scalars({f"losses/{name}": mean for name, mean in means.items()})
+            self.write_scalars({"charts/SPS": self.progress.step / self.seconds()})
+            recent = [row[1] for row in self.progress.rows["returns.csv"][1:][-10:]]
+            shown = f"{np.mean(recent):.0f}" if recent else "-"
+            self.bar.set_postfix({"return": shown, "alpha": f"{means['alpha']:.3g}"}, refresh=False)
+
+    def count_step(self) -> None:
+        """Note a step of the environment."""
+        self.progress.step += 1
+        self.bar.update()
+
+    def end_episode(self, info: dict) -> None:
+        """Note the end of an episode; `info` is that of its last step."""
+        episode = info["episode"]
+        self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+        self.write_row("returns.csv", float(episode["r"]), episode["l"])
+
+    def report(self, kind: str, scores: dict[str, float]) -> bool:
+        """Note an evaluation; whether it is the best so far."""
+        prefix = "eval/" if kind == "deterministic" else f"eval/{kind}_"
+        self.write_scalars({prefix + name: value for name, value in scores.items()})
+        self.write_row("eval.csv", kind, *(f"{value:.5g}" for value in scores.values()), self.args.eval_episodes)
+        tqdm.write(f"step {self.progress.step}, {kind}: {describe(scores)}")
+        better = kind == "deterministic" and scores["return"] > self.progress.best
+        if better:
+            self.progress.best = float(scores["return"])
+        return better
+
+    def write_scalars(self, scalars: dict[str, float]) -> None:
+        """Write to TensorBoard."""
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.progress.step)
+
+    def write_row(self, name: str, *values) -> None:
+        """Write a row of a CSV file, between the step and the seconds."""
+        row = [self.progress.step, *values, round(self.seconds(), 2)]
+        self.progress.rows[name].append(row)
+        with open(self.folder / name, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
+
+    def should_save(self) -> bool:
+        """Whether a checkpoint is due at the end of this episode."""
+        return bool(self.interrupted) or self.progress.step - self.saved_step >= self.args.save_every
+
+    def save(self, state: dict, policy: Actor) -> None:
+        """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
+        self.mean_losses()
+        for network in ("actor", "critics"):
+            self.check_finite(**{f"{network}.{name}": value.cpu() for name, value in state[network].items()})
+        self.progress.seconds = self.seconds()
+        own = {"script": SCRIPT, "args": asdict(self.args), "progress": asdict(self.progress)}
+        self.save_policy("policy.pt", policy)
+        write(self.folder / "checkpoint.pt", own | state)
+        self.saved_step = self.progress.step
+
+    def save_policy(self, name: str, actor: Actor) -> None:
+        """Write an actor, and what builds it, as `load_policy` reads it."""
+        own = {"script": SCRIPT, "args": asdict(self.args), "step": self.progress.step}
+        write(self.folder / name, own | {"obs_dim": actor.obs_dim, "actor": actor.state_dict()})
+
+    def say_where(self) -> None:
+        """Say where the run is, and how to go on with one that was stopped, which has an exit code of its own."""
+        if self.progress.step < self.total:
+            print(f"stopped at step {self.progress.step}; resume with: python {sys.argv[0]} --resume {self.folder}")
+            raise SystemExit(128 + self.interrupted)
+        print(f"saved in {self.folder}")
 
 
 def write(path: Path, state: dict) -> None:
@@ -857,51 +890,52 @@ def load(path: Path, key: str) -> dict:
     """Read a file of a run that has `key`; stops the program if it is missing, damaged or written by another script."""
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
-    try:
+    with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load would not notice a flipped bit
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        state = None
-    if state is None:
-        fail(f"{path} is truncated or corrupted: restore it from a copy, or start a new run")
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        written_by = state.get("script", "another program") if isinstance(state, dict) else "another program"
+            if damaged := archive.testzip():  # torch.load would not notice a flipped bit
+                raise ValueError(damaged)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        written_by = state.get("script", "another program")
+    if written_by != SCRIPT:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
         fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
-    theirs, ours = set(state["args"]), {field.name for field in fields(Args)}
-    if theirs != ours:
-        old, new = (", ".join(sorted(names)) or "none" for names in (theirs - ours, ours - theirs))
+    differing = set(state["args"]) ^ set(vars(Args()))
+    if differing:
+        old = ", ".join(sorted(differing & set(state["args"]))) or "none"
+        new = ", ".join(sorted(differing - set(state["args"]))) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
     return state
 
 
-def load_policy(path: str) -> Actor:
-    """The actor of a policy.pt, frozen: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
-    state = load(Path(path), "obs_dim")
-    actor = make_actor(Args(**state["args"]), state["obs_dim"], state["action_low"], state["action_high"])
+def build_policy(state: dict) -> Actor:
+    """The actor of what `Run.save_policy` wrote, frozen."""
+    bounds = torch.ones_like(state["actor"]["scale"])  # the true ones are in the state
+    actor = make_actor(Args(**state["args"]), state["obs_dim"], -bounds, bounds)
     actor.load_state_dict(state["actor"])
     return actor.eval().requires_grad_(False)
 
 
-def random_states(device: torch.device) -> dict:
-    """States of the process's random generators, in types that torch.load(weights_only=True) accepts."""
-    name, key, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
+def load_policy(path: str) -> Actor:
+    """The actor of a policy.pt, frozen: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
+    return build_policy(load(Path(path), "obs_dim"))
 
 
-def set_random_states(states: dict, device: torch.device) -> None:
-    """Undo `random_states`, with a note if the run was saved on another kind of device."""
-    random.setstate(states["python"])
-    name, key, *rest = states["numpy"]
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if (states["cuda"] is not None) != (device.type == "cuda"):
-        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
-    elif states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], device)
+def play(args: Args, policy: dict) -> None:
+    """Play a saved policy: in a window where there is a display, or as videos, and print its returns."""
+    actor = build_policy(policy).to("cuda" if args.cuda else "cpu")
+    env = make_env(args.env_id, args.max_episode_steps, "rgb_array" if args.capture_video else "human")
+    path = Path(args.evaluate)
+    if args.capture_video:
+        env = record_videos(env, path.parent if path.suffix == ".pt" else path, "evaluation", lambda episode: True)
+    plain = lambda function: function  # noqa: E731
+    choose = compiled_policy(actor, env, jit=plain, graph=plain)
+    print(f"{path} at step {policy['step']}")
+    seed_random(args.seed)
+    with env:
+        for kind in ("deterministic", "stochastic"):
+            act = partial(choose, deterministic=kind == "deterministic")
+            print(f"{kind}: {describe(evaluate(act, env, args.eval_episodes, args.seed))}")
 
 
 def seed_random(seed: int) -> None:
@@ -911,23 +945,59 @@ def seed_random(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def random_states(device: torch.device, env: gym.Env) -> dict:
+    """States of all random generators, in types that torch.load(weights_only=True) accepts."""
+    name, key, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, key.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "env": env.unwrapped.np_random.bit_generator.state,
+        "action_space": env.action_space.np_random.bit_generator.state,
+    }
+
+
+def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
+    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    random.setstate(states["python"])
+    name, key, *rest = states["numpy"]
+    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    env.unwrapped.np_random.bit_generator.state = states["env"]
+    env.action_space.np_random.bit_generator.state = states["action_space"]
+    if (states["cuda"] is not None) != (device.type == "cuda"):
+        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
 @contextlib.contextmanager
-def fork_random(seed: int, device: torch.device):
+def fork_random(seed: int, device: torch.device, env: gym.Env):
     """Within it the random generators start from `seed`; after it they are where they were before."""
-    states = random_states(device)
+    states = random_states(device, env)
     seed_random(seed % 2**32)
     yield
-    set_random_states(states, device)
+    set_random_states(states, device, env)
 
 
-def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
-    """gym.make with one-line errors for environments that do not exist or that this script cannot control."""
+def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: Optional[str] = None) -> gym.Env:
+    """gym.make with one-line errors for environments that do not exist or that this script cannot control.
+
+    `render_mode` is rgb_array, for videos, or human, for a window if there is a display. Episodes are counted.
+    """
     warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the paper reports
-    try:
-        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-    except Exception as error:  # a user's environment may raise anything
-        fail(f"--env-id {env_id}: {(str(error) or type(error).__name__).splitlines()[0]}")
-    obs, action = env.observation_space, env.action_space
+    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if render_mode == "rgb_array" and headless:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    if render_mode == "human" and headless:
+        render_mode = None
+    with explained(f"--env-id {env_id}"):
+        env = gym.make(env_id, max_episode_steps, **({"render_mode": render_mode} if render_mode else {}))
+    if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
+        env = gym.wrappers.TimeLimit(env, 10_000)
+    obs = env.observation_space
+    action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
@@ -935,20 +1005,18 @@ def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
     extent = action.high.astype(np.float32) - action.low.astype(np.float32)
     if not (np.isfinite(extent).all() and (extent > 0).all()):
         fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
-    return env
+    if render_mode == "rgb_array":
+        with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
+            import moviepy  # noqa: F401
+
+            env.reset(seed=0)
+            env.render()
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-def check_video(env: gym.Env) -> None:
-    """Refuse --capture-video where it cannot work; `env` is made with render_mode="rgb_array"."""
-    try:
-        import moviepy  # noqa: F401
-    except ImportError:
-        fail("--capture-video needs moviepy: pip install -r benchmark/requirements.txt")
-    try:
-        env.reset(seed=0)
-        env.render()
-    except Exception as error:
-        fail(f"--capture-video: cannot render here ({error}); without a display set MUJOCO_GL=egl or osmesa")
+def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
+    """Write episodes to MP4 files in `folder`/videos: those that `episodes` names, else gymnasium's choice."""
+    return gym.wrappers.RecordVideo(env, str(folder / "videos"), episodes, name_prefix=prefix, disable_logger=True)
 
 
 def to_obs(obs) -> np.ndarray:
@@ -966,21 +1034,42 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
 
     Returns their mean return with its standard error, and their mean length.
     """
-    returns, lengths = np.zeros(episodes), np.zeros(episodes)
+    returns = []
+    lengths = []
     for i in range(episodes):
-        obs, done = env.reset(seed=seed + i)[0], False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(to_action(act(to_obs(obs)), env.action_space))
-            returns[i] += float(reward)
-            lengths[i] += 1
-            done = terminated or truncated
-    error = returns.std() / math.sqrt(episodes)
-    return {"return": returns.mean(), "return_error": error, "length": lengths.mean()}
+        obs, info = env.reset(seed=seed + i)
+        while "episode" not in info:  # it is over
+            obs, _, _, _, info = env.step(to_action(act(to_obs(obs)), env.action_space))
+        returns.append(float(info["episode"]["r"]))
+        lengths.append(info["episode"]["l"])
+    error = np.std(returns) / math.sqrt(episodes)
+    return {"return": np.mean(returns), "return_error": error, "length": np.mean(lengths)}
 
 
 def describe(scores: dict[str, float]) -> str:
     """An evaluation in a line."""
     return f"return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
+
+
+def compiled_policy(actor: Actor, env: gym.Env, jit, graph):
+    """`actor.act` for one observation, compiled: a function of obs (obs_dim,) to an action (D,), both numpy."""
+    policy_obs = torch.zeros(1, *env.observation_space.shape, device=actor.scale.device)
+    policy_noise = actor.noise(1, deterministic=True)
+    policy_action = torch.zeros_like(actor.scale)
+    rollout = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
+
+    @graph
+    def act() -> None:
+        with torch.no_grad():
+            policy_action.copy_(rollout(policy_obs, policy_noise)[0])
+
+    def choose(obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        policy_obs.copy_(torch.from_numpy(obs))
+        policy_noise.copy_(actor.noise(1, deterministic))
+        act()
+        return policy_action.cpu().numpy().copy()
+
+    return choose
 
 
 def find_compiler(device: torch.device):
@@ -1008,17 +1097,17 @@ def find_compiler(device: torch.device):
         return lambda function: function
 
 
-def matmul_precision(device: torch.device, bf16: bool) -> str:
-    """The precision to ask for in the updates: "medium" if products may be rounded, or if it rounds nothing here.
+def matmul_precision(device: torch.device) -> str:
+    """The precision to ask for in the updates: "medium" if it rounds nothing here, else "highest".
 
     On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
     computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
     """
-    x = torch.rand(256, 256, device=device)
+    x = torch.arange(2**16, device=device).sin().abs().view(256, 256)  # no random numbers, which the run counts on
     torch.set_float32_matmul_precision("medium")
     medium = x @ x
     torch.set_float32_matmul_precision("highest")
-    return "medium" if bf16 or torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
+    return "medium" if torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
 
 
 class CudaGraph:

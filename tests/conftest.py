@@ -54,9 +54,12 @@ def the_run(folder: Path) -> Path:
 
 
 def checkpoint(run: Path) -> dict:
-    """A run's checkpoint, without what says how long things took."""
+    """A run's checkpoint and, beside its other entries, the run's progress, without what says how long things took."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    return {name: value for name, value in state.items() if name not in ("seconds", "csv_length", "lengths")}
+    progress = state.pop("progress")
+    del progress["seconds"]
+    progress["rows"] = {name: [row[:-1] for row in rows] for name, rows in progress["rows"].items()}
+    return state | progress
 
 
 def assert_same(a, b, where="checkpoint"):

@@ -245,12 +245,17 @@ def test_what_the_scripts_share_is_the_same_text():
         body = re.search(rf"^(?:def|class) {start}\b.*?(?=\n\n\n)", text, re.S | re.M)[0]
         return body.replace("DecodedVelocity", "Velocity")
 
-    shared = "fail TimeEmbedding alpha_loss with_gradients apply_gradients load write random_states seed_random "
-    shared += "set_random_states fork_random check_video to_obs to_action find_compiler matmul_precision CudaGraph"
+    shared = "fail explained flag TimeEmbedding alpha_loss record with_gradients apply_gradients move_average "
+    shared += "target_entropy_of load write random_states seed_random set_random_states fork_random record_videos "
+    shared += "to_obs to_action find_compiler matmul_precision CudaGraph"
     for name in shared.split():
         assert part(text, name) == part(g, name), name
     assert part(text, "DecoderLayer") == part(t, "DecoderLayer")
     assert part(text, "DecodedVelocity") == part(t, "Velocity")
-    for start in (r"    def step\(", r"        path, log_deviations", r"    def largest_entropy\("):
-        method = start + r".*?(?=\n\n    def )"
-        assert re.search(method, text, re.S)[0] == re.search(method, g, re.S)[0]
+    methods = (
+        "step largest_entropy __enter__ __exit__ on_signal seconds paused kept check_finite mean_losses log_update "
+    )
+    methods += "count_step write_scalars write_row should_save save save_policy say_where"
+    for start in (r"        path, log_deviations", *(rf"    def {name}\(" for name in methods.split())):
+        method = start + r".*?(?=\n\n)"
+        assert re.search(method, text, re.S)[0] == re.search(method, g, re.S)[0], start

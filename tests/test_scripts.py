@@ -144,7 +144,8 @@ def test_controls_run_resume_and_evaluate_alike(tmp_path, control, start):
     done = start(*flags, 150, name=control)
     assert done.returncode == 0, done.stderr
     whole = the_run(tmp_path).rename(tmp_path / "whole")
-    assert start(*flags, 130, name=control).returncode == 0
+    end = next(int(row[0]) for row in returns(whole)[1:] if int(row[0]) > 110)
+    assert start(*flags, end, name=control).returncode == 0
     folder = the_run(tmp_path)
     assert start("--resume", folder, "--total-timesteps", 150, name=control).returncode == 0
     assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
@@ -173,23 +174,24 @@ def test_measuring_leaves_training_as_it_is(script, main, monkeypatch):
     """Evaluations and gradient norms draw random numbers, run the networks and step an environment of their own."""
     flags = ["--env-id", "tiny_envs:Dice-v0", "--total-timesteps", 200, "--learning-starts", 50, *SMALL]
     flags += ["--seed", 2**32 - 1]
-    draws, norms, apply_gradients = [], script.gradient_norms, script.apply_gradients
+    draws, write_scalars, apply_gradients = [], script.Run.write_scalars, script.apply_gradients
 
     def drawn(function):
-        return lambda *inputs: draws.append((function, torch.get_rng_state())) or function(*inputs)
+        return lambda *inputs: draws.append((function, inputs, torch.get_rng_state())) or function(*inputs)
 
-    monkeypatch.setattr(script, "gradient_norms", drawn(norms))
+    monkeypatch.setattr(script.Run, "write_scalars", drawn(write_scalars))
     monkeypatch.setattr(script, "apply_gradients", drawn(apply_gradients))
     measured = main(script, *flags, "--eval-every", 30, "--actor-delay", 1)
     assert len(returns(measured, "eval.csv")) == 1 + 7 + 1
-    i = [function for function, _ in draws].index(norms)  # its batch and noise leave the generator where they found it
-    assert torch.equal(draws[i][1], draws[i - 1][1])
+    # The norms' batch and noise leave the generator where they found it.
+    norms = [i for i, (f, inputs, _) in enumerate(draws) if f == write_scalars and "flow/grad_norm_step_0" in inputs[1]]
+    assert norms and all(torch.equal(draws[i][2], draws[i - 1][2]) for i in norms)
     monkeypatch.setattr(script, "gradient_norms", lambda actor, critics, obs, noise, alpha: torch.zeros(5))
     bare = main(script, *flags, "--eval-every", 0, "--actor-delay", 1)
     assert len(returns(bare, "eval.csv")) == 1 and not (bare / "policy_best.pt").exists()
     states = [checkpoint(folder) for folder in (measured, bare)]
     for state in states:
-        del state["args"], state["best"]
+        del state["args"], state["best"], state["rows"]["eval.csv"]
     assert_same(*states)
     assert returns(measured) == returns(bare)
 
@@ -205,7 +207,7 @@ def test_evaluation_takes_no_time_of_the_run_and_keeps_the_best_policy(script, m
     assert [torch.load(folder / name)["step"] for name in ("policy_best.pt", "policy.pt")] == [140, 210]
     for name in ("returns.csv", "eval.csv"):
         assert float(list(csv.reader(open(folder / name)))[-1][-1]) < 6  # training is a second or so, evaluations 8
-    assert torch.load(folder / "checkpoint.pt")["seconds"] < 6
+    assert torch.load(folder / "checkpoint.pt")["progress"]["seconds"] < 6
 
 
 def test_load_policy_is_the_averaged_actor(script, main, tmp_path, capsys):
@@ -287,20 +289,26 @@ def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
 # What is compiled here is what test_compiled_is_eager compiled.
 @pytest.mark.parametrize("kind", [[*PENDULUM, "--compile"], [*HOPPER, "--crossq"], [*HOPPER, "--no-crossq"]])
 def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
-    """The end of a run falls into an episode, which is replayed."""
+    """One that ended where an episode did; after another end, within an episode, a new one begins."""
     flags = [*kind, "--learning-starts", 300]
     flags += ["--eval-every", 100]
     assert run(*flags, "--total-timesteps", 400).returncode == 0
     whole = the_run(tmp_path).rename(tmp_path / "whole")
     episodes = ((int(end), int(length)) for end, _, length in returns(whole)[1:])
     start = next(end - length for end, length in episodes if end - length > 302 and length > 3)
-    assert run(*flags, "--total-timesteps", start + 3).returncode == 0
+    assert run(*flags, "--total-timesteps", start).returncode == 0
     folder = the_run(tmp_path)
-    assert checkpoint(folder)["episode_length"] == 3
     done = run("--resume", folder, "--total-timesteps", 400)
-    assert done.returncode == 0 and "could not be replayed" not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
     assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
     assert returns(folder) == returns(whole) and returns(folder, "eval.csv") == returns(whole, "eval.csv")
+
+    folder.rename(tmp_path / "extended")
+    assert run(*flags, "--total-timesteps", start + 3).returncode == 0
+    folder = the_run(tmp_path)
+    assert run("--resume", folder, "--total-timesteps", 400).returncode == 0
+    end, _, length = returns(folder)[[row[0] for row in returns(folder)].index(str(start)) + 1]
+    assert int(end) == start + 3 + int(length)
 
 
 def test_evaluations_at_a_checkpoints_step_are_kept(script, main):
@@ -313,17 +321,8 @@ def test_evaluations_at_a_checkpoints_step_are_kept(script, main):
     assert returns(folder, "eval.csv") == whole and len(whole) == 1 + 4
 
 
-def test_environment_that_cannot_be_replayed_starts_a_new_episode(run, tmp_path):
-    flags = ["--env-id", "tiny_envs:Scripted-v0", "--learning-starts", 40, *SMALL]
-    assert run(*flags, "--total-timesteps", 50).returncode == 0  # its episode number survives in no random generator
-    folder = the_run(tmp_path)
-    done = run("--resume", folder, "--total-timesteps", 60)
-    assert done.returncode == 0 and "could not be replayed" in done.stderr
-    assert checkpoint(folder)["step"] == 60
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_run_saves_at_once(run, name, tmp_path, number):
+def test_stopped_run_saves_at_the_end_of_the_episode(run, name, tmp_path, number):
     flags = command(name, *PENDULUM, "--total-timesteps", 100_000)
     process = subprocess.Popen(flags, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while not (rows := list((tmp_path / "runs").glob("*/returns.csv"))) or len(returns(rows[0].parent)) < 20:
@@ -331,11 +330,42 @@ def test_stopped_run_saves_at_once(run, name, tmp_path, number):
         time.sleep(0.05)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "--resume runs/" in output
+    assert process.returncode == 128 + number and f"{name}.py --resume runs/" in output
     folder = the_run(tmp_path)
     step = checkpoint(folder)["step"]
-    assert step >= int(returns(folder)[-1][0])
+    assert step == int(returns(folder)[-1][0])
     assert run("--resume", folder, "--total-timesteps", step + 50).returncode == 0
+
+
+def test_second_signal_stops_at_once(tmp_path):
+    """Within an episode of 10 000 steps, which no environment with that name ends."""
+    flags = ["--env-id", "tiny_envs:Endless-v0", "--total-timesteps", 100_000, "--learning-starts", 100_000, *SMALL]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(
+        command("sac_flow_g", *flags), cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "runs").glob("*/returns.csv")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "at the end of this episode" in stderr and "Traceback" not in stderr
+
+
+def test_endless_episodes_are_truncated(run, tmp_path):
+    """So that checkpoints and evaluations come to an end; a limit of the environment's own gives way to the flag."""
+    for env_id in ("tiny_envs:Endless-v0", "Humanoid-v4"):
+        flags = ["--env-id", env_id, "--max-episode-steps", 10, "--learning-starts", 45, "--total-timesteps", 50]
+        done = run(*flags, "--save-every", 20, *SMALL)
+        assert done.returncode == 0 and "length 10\n" in done.stdout, done.stderr
+        folder = the_run(tmp_path)
+        assert [row[2] for row in returns(folder)[1:]] == 5 * ["10"]
+        assert not checkpoint(folder)["buffer"][:, -1 - checkpoint(folder)["actor"]["norm.weight"].numel()].any()
+        folder.rename(tmp_path / env_id.replace(":", "-"))
 
 
 def test_evaluate(run, tmp_path):
@@ -391,7 +421,8 @@ def assert_refused(done, *words):
         ("--env-id tiny_envs:DiscreteAction-v0", "actions must be a Box"),
         ("--env-id tiny_envs:UnboundedAction-v0", "finite bounds"),
         ("--flow-steps 0", "--flow-steps must be 1 or more, not 0"),
-        ("--batch-size 512 --buffer-size 100", "--batch-size must be at most --buffer-size 100, not 512"),
+        ("--batch-size 512 --buffer-size 100", "--batch-size must be from 1 to --buffer-size 100, not 512"),
+        ("--max-episode-steps 0", "--max-episode-steps"),
         ("--critic-dim 0", "--critic-dim"),
         ("--sigma-dim -3", "--sigma-dim"),
         ("--velocity-dim 0", "--velocity-dim"),
@@ -473,9 +504,10 @@ def test_bad_checkpoints(run, name, tmp_path):
     torch.save({"model": torch.zeros(3)}, path)
     assert_refused(run("--resume", folder), "another program")
     path.write_bytes(whole)
-    csv_text = (folder / "returns.csv").read_text()
-    (folder / "returns.csv").write_text(csv_text[:20])
-    assert_refused(run("--resume", folder, "--total-timesteps", 200), "returns.csv")
+    rows = (folder / "returns.csv").read_text()
+    (folder / "returns.csv").unlink()  # its rows are in the checkpoint
+    assert run("--resume", folder, "--total-timesteps", 200).returncode == 0
+    assert (folder / "returns.csv").read_text().startswith(rows)
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,6 @@ def test_replay_buffer_wraps_around(script):
     assert set(obs[:, 0].tolist()) == set(range(6, 14))  # the last 8 and all of them
     assert torch.equal(action[:, 2], 10 * obs[:, 0]) and torch.equal(reward, 100 * obs[:, 0])
     assert torch.equal(terminated, (obs[:, 0] % 2 == 0).float()) and torch.equal(next_obs, obs + 1)
-    assert buffer.last_actions(7)[:, 0].tolist() == [10.0 * i for i in range(7, 14)]  # oldest first, over the seam
-    assert buffer.last_obs().tolist() == [14, 14]
 
 
 @pytest.mark.parametrize("entropy, direction", [(3.0, -1), (-3.0, 1)])
@@ -247,12 +245,13 @@ def test_buffer_draws_from_what_is_filled(script):
     assert set(other.sample(200)[0].flatten().tolist()) == {0, 1, 2}
 
 
-def test_matmul_precision_rounds_only_when_asked(script):
-    """Without --bf16 the products are float32, whichever library computes them."""
+def test_matmul_precision_does_not_round(script):
+    """The products are float32, whichever library computes them; and no random number is drawn."""
     before = torch.get_float32_matmul_precision()
     try:
-        assert script.matmul_precision(torch.device("cpu"), bf16=True) == "medium"
-        torch.set_float32_matmul_precision(script.matmul_precision(torch.device("cpu"), bf16=False))
+        state = torch.get_rng_state()
+        torch.set_float32_matmul_precision(script.matmul_precision(torch.device("cpu")))
+        assert torch.equal(torch.get_rng_state(), state)
         x, y = torch.rand(2, 256, 256)
         torch.testing.assert_close(x @ y, (x.double() @ y.double()).float(), rtol=5e-6, atol=0)
     finally:

@@ -1,5 +1,7 @@
 """Small environments that the tests register: `--env-id tiny_envs:<name>`."""
 
+import time
+
 import gymnasium as gym
 import numpy as np
 
@@ -50,6 +52,15 @@ class Home(gym.Env):
         return np.array([self.x]), reward, False, self.t == 10, {}
 
 
+class Endless(Home):
+    """`Home` without an end, every step a hundredth of a second."""
+
+    def step(self, action):
+        time.sleep(0.01)
+        obs, reward, *_ = super().step(action)
+        return obs, reward, False, False, {}
+
+
 class Dice(Home):
     """`Home` with a die thrown into every reward by numpy's global generator, as careless environments do."""
 
@@ -72,6 +83,7 @@ gym.register("BadReset-v0", Scripted, kwargs={"bad": "reset", "bad_step": 60})
 gym.register("InfiniteReward-v0", Scripted, kwargs={"bad": "infinite", "bad_step": 60})
 gym.register("Home-v0", Home)
 gym.register("Dice-v0", Dice)
+gym.register("Endless-v0", Endless)
 gym.register("Broken-v0", lambda: 1 / 0)
 gym.register("DiscreteObservation-v0", spaces(observation=Discrete(4)))
 gym.register("DictObservation-v0", spaces(observation=Dict(x=Box(-1, 1, (3,)))))
