@@ -610,6 +610,7 @@ def main() -> None:
     learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
 
     env.reset(seed=args.seed)
+    env.action_space.seed(args.seed)
     if checkpoint:
         for name, part in learned.items():
             part.load_state_dict(checkpoint[name])
@@ -624,8 +625,8 @@ def main() -> None:
     run = Run(args, total, checkpoint, files)
     progress = run.progress
 
-    jit = find_compiler(device) if args.compile else lambda function: function
-    graph = CudaGraph if args.compile and args.cuda else lambda function: function
+    jit = find_compiler(device) if args.compile else unchanged
+    graph = CudaGraph if args.compile and args.cuda else unchanged
     precision = matmul_precision(device)
     choose = compiled_policy(actor, env, jit, graph)
     critic_gradients = jit(with_gradients(critic_loss, critics))
@@ -658,13 +659,8 @@ def main() -> None:
             apply_gradients(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
         record(losses, actor_loss=loss, bc=bc, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob)
 
-    @graph  # what it decorates takes and returns nothing
-    def update_offline() -> None:
-        update(offline=True)
-
-    @graph
-    def update_online() -> None:
-        update(offline=False)
+    update_offline = graph(partial(update, offline=True))  # take and return nothing: all is in tensors that stay
+    update_online = graph(partial(update, offline=False))
 
     def log_gradient_norms() -> None:
         with fork_random(args.seed + progress.step, device, env):
@@ -720,6 +716,8 @@ def main() -> None:
                 if progress.step % 1000 == 0:
                     log_gradient_norms()
 
+            if progress.step % 100 == 0:
+                run.write_scalars({"charts/online": float(online)})
             if online and done:
                 run.end_episode(info)
             if progress.step % args.eval_every == 0 or progress.step in (args.offline_steps, total):
@@ -1089,8 +1087,7 @@ def play(args: Args, policy: dict) -> None:
     path = Path(args.evaluate)
     if args.capture_video:
         env = record_videos(env, path.parent if path.suffix == ".pt" else path, "evaluation", lambda episode: True)
-    plain = lambda function: function  # noqa: E731
-    choose = compiled_policy(actor, env, jit=plain, graph=plain)
+    choose = compiled_policy(actor, env, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}")
     with env:
         for kind in ("deterministic", "stochastic"):
@@ -1483,6 +1480,11 @@ def compiled_policy(actor: Actor, env: gym.Env, jit, graph):
     return choose
 
 
+def unchanged(function):
+    """What takes the place of a compiler where there is none."""
+    return function
+
+
 def find_compiler(device: torch.device):
     """torch.compile if it works on this machine, else the identity and a note."""
     options = {
@@ -1505,7 +1507,7 @@ def find_compiler(device: torch.device):
         return jit
     except Exception:
         print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
-        return lambda function: function
+        return unchanged
 
 
 def matmul_precision(device: torch.device) -> str:

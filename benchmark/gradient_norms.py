@@ -197,7 +197,7 @@ def at_checkpoint(run: Path):
         actor.score_step = score_step
         torch.manual_seed(0)
         for row in measure(actor, obs, loss):
-            yield dict(**described(run), step=state["step"], score_step=score_step, **row)
+            yield dict(**described(run), step=state["progress"]["step"], score_step=score_step, **row)
 
 
 def write(path: Path, rows: list[dict]) -> None:

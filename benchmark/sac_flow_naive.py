@@ -468,10 +468,9 @@ def main() -> None:
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    losses = torch.zeros(len(LOSSES), device=device)
+    losses = torch.zeros(len(LOSSES), device=device)  # the latest
     learned = dict(actor=actor, average=average, critics=critics, **({"targets": targets} if targets else {}))
     learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
-
     env.reset(seed=args.seed)
     env.action_space.seed(args.seed)
     if checkpoint:
@@ -485,16 +484,15 @@ def main() -> None:
     progress = run.progress
     if args.capture_video:
         env = record_videos(env, run.folder, f"from-step-{progress.step}")
-
-    jit = find_compiler(device) if args.compile else lambda function: function
-    graph = CudaGraph if args.compile and args.cuda else lambda function: function
+    jit = find_compiler(device) if args.compile else unchanged
+    graph = CudaGraph if args.compile and args.cuda else unchanged
     precision = matmul_precision(device)
     choose = compiled_policy(actor, env, jit, graph)
     choose_averaged = compiled_policy(average, env, jit, graph)
     critic_gradients = jit(with_gradients(critic_loss, critics))
     actor_gradients = jit(with_gradients(actor_loss, actor))
 
-    @graph  # what it decorates takes and returns nothing
+    @graph  # takes and returns nothing: all is in tensors that stay
     def update_critic() -> None:
         batch = buffer.sample(args.batch_size)
         noise = actor.noise(args.batch_size)
@@ -928,8 +926,7 @@ def play(args: Args, policy: dict) -> None:
     path = Path(args.evaluate)
     if args.capture_video:
         env = record_videos(env, path.parent if path.suffix == ".pt" else path, "evaluation", lambda episode: True)
-    plain = lambda function: function  # noqa: E731
-    choose = compiled_policy(actor, env, jit=plain, graph=plain)
+    choose = compiled_policy(actor, env, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}")
     seed_random(args.seed)
     with env:
@@ -1072,6 +1069,11 @@ def compiled_policy(actor: Actor, env: gym.Env, jit, graph):
     return choose
 
 
+def unchanged(function):
+    """What takes the place of a compiler where there is none."""
+    return function
+
+
 def find_compiler(device: torch.device):
     """torch.compile if it works on this machine, else the identity and a note."""
     options = {
@@ -1094,7 +1096,7 @@ def find_compiler(device: torch.device):
         return jit
     except Exception:
         print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
-        return lambda function: function
+        return unchanged
 
 
 def matmul_precision(device: torch.device) -> str:

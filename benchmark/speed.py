@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 PAPER = "--critic-dim 1024 --sigma-dim 512 --batch-size 512"
 SUITES = {
     "baseline": {"default": ""},
-    "default": {"default": "", "--bf16": "--bf16", "--no-compile": "--no-compile", "--no-crossq": "--no-crossq"},
-    "paper": {"paper's sizes": PAPER, "paper's sizes --bf16": f"{PAPER} --bf16"},
+    "default": {"default": "", "--no-compile": "--no-compile", "--no-crossq": "--no-crossq"},
+    "paper": {"paper's sizes": PAPER},
     "growth": {
         **{f"K = {k}": f"--flow-steps {k}" for k in (1, 2, 8, 16)},
         **{f"width {w}": f"--critic-dim {w} --sigma-dim {w}" for w in (512, 1024)},
@@ -214,8 +214,9 @@ def child(job: dict) -> None:
 
     value = dict(zip(flags[::2], flags[1::2], strict=False))
     width, batch = int(value.get("--critic-dim", 256)), int(value.get("--batch-size", 256))
-    if precision := getattr(sys.modules[job["script"]], "matmul_precision", None):  # older versions: "highest"
-        torch.set_float32_matmul_precision(precision(torch.device(job["device"]), "--bf16" in flags))
+    if precision := getattr(sys.modules[job["script"]], "matmul_precision", None):  # the oldest versions: "highest"
+        bf16 = ["--bf16" in flags][: precision.__code__.co_argcount - 1]  # a flag of older versions
+        torch.set_float32_matmul_precision(precision(torch.device(job["device"]), *bf16))
     x, w = (torch.randn(rows, width, device=job["device"]) for rows in (2 * batch, width))
     best = float("inf")
     for _ in range(30):

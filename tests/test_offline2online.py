@@ -255,7 +255,7 @@ def test_what_the_scripts_share_is_the_same_text():
     methods = (
         "step largest_entropy __enter__ __exit__ on_signal seconds paused kept check_finite mean_losses log_update "
     )
-    methods += "count_step write_scalars write_row should_save save save_policy say_where"
+    methods += "count_step write_scalars write_row should_save save_policy say_where"
     for start in (r"        path, log_deviations", *(rf"    def {name}\(" for name in methods.split())):
         method = start + r".*?(?=\n\n)"
         assert re.search(method, text, re.S)[0] == re.search(method, g, re.S)[0], start
