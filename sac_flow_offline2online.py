@@ -610,7 +610,6 @@ def main() -> None:
     learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
 
     env.reset(seed=args.seed)
-    env.action_space.seed(args.seed)
     if checkpoint:
         for name, part in learned.items():
             part.load_state_dict(checkpoint[name])
@@ -650,14 +649,15 @@ def main() -> None:
             _, loss, bc, log_prob, matching, gradients = offline_actor_gradients(
                 actor, critics, batch, noise, alpha, beta, x0, t
             )
-            record(losses, flow_matching=matching)
         else:
             loss, bc, log_prob, gradients = actor_gradients(actor, critics, batch, noise, alpha, beta)
+            matching = torch.zeros_like(loss)
         apply_gradients(actor_optimizer, gradients)
         loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
         if args.autotune:
             apply_gradients(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
-        record(losses, actor_loss=loss, bc=bc, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob)
+        record(losses, actor_loss=loss, flow_matching=matching, bc=bc)
+        record(losses, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob)
 
     update_offline = graph(partial(update, offline=True))  # take and return nothing: all is in tensors that stay
     update_online = graph(partial(update, offline=False))
@@ -1112,7 +1112,6 @@ def random_states(device: torch.device, env: gym.Env) -> dict:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "env": env.unwrapped.np_random.bit_generator.state,
-        "action_space": env.action_space.np_random.bit_generator.state,
     }
 
 
@@ -1123,7 +1122,6 @@ def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     env.unwrapped.np_random.bit_generator.state = states["env"]
-    env.action_space.np_random.bit_generator.state = states["action_space"]
     if (states["cuda"] is not None) != (device.type == "cuda"):
         print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
     elif device.type == "cuda":

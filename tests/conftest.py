@@ -76,7 +76,7 @@ def assert_same(a, b, where="checkpoint"):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{where}[{i}]")
     else:
-        assert a == b, where
+        assert a == b or a != a and b != b, where  # NaN is NaN
 
 
 # Half of a short run is the import of torch and its compiler. A server that has imported them forks a process for each.

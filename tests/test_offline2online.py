@@ -246,7 +246,7 @@ def test_what_the_scripts_share_is_the_same_text():
         return body.replace("DecodedVelocity", "Velocity")
 
     shared = "fail explained flag TimeEmbedding alpha_loss record with_gradients apply_gradients move_average "
-    shared += "target_entropy_of load write random_states seed_random set_random_states fork_random record_videos "
+    shared += "target_entropy_of load write seed_random fork_random record_videos "
     shared += "to_obs to_action find_compiler matmul_precision CudaGraph"
     for name in shared.split():
         assert part(text, name) == part(g, name), name

@@ -288,7 +288,10 @@ def test_evaluation_leaves_training_as_it_was(run, tmp_path):
     run(*flags, "--eval-every", 10)
     often = checkpoint(the_run(tmp_path).rename(tmp_path / "often"))
     run(*flags, "--eval-every", 1000)
-    assert_same(checkpoint(the_run(tmp_path)), often | {"args": checkpoint(the_run(tmp_path))["args"]})
+    seldom = checkpoint(the_run(tmp_path))
+    for state in (often, seldom):
+        del state["args"], state["rows"]["eval.csv"]
+    assert_same(seldom, often)
 
 
 def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
