@@ -8,9 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from conftest import ROOT, SMALL, the_run
-
-G, T, NAIVE = ROOT / "sac_flow_g.py", ROOT / "sac_flow_t.py", ROOT / "benchmark" / "sac_flow_naive.py"
-GAUSSIAN, OFFLINE = ROOT / "benchmark" / "sac_gaussian.py", ROOT / "sac_flow_offline2online.py"
+from copy_shared import GAUSSIAN, GAUSSIANS_OWN, NAIVE, OFFLINE, OWN, G, T, split, with_shared
 
 
 @pytest.mark.parametrize("other", [T, NAIVE], ids=lambda path: path.stem)
@@ -19,7 +17,7 @@ def test_the_diff_is_the_paper(other):
     parts = [split(path.read_text()) for path in (G, other)]
     assert [name for name, _ in parts[0]] == [name for name, _ in parts[1]]
     for (name, g), (_, t) in zip(*parts, strict=True):
-        if name in ("docstring", "velocity's flags", "velocity network"):
+        if name in OWN:
             assert g != t, name
         else:
             assert g == t, f"{name}:\n" + "\n".join(difflib.unified_diff(g.splitlines(), t.splitlines(), lineterm=""))
@@ -34,36 +32,20 @@ def test_docstrings_of_the_pair_differ_in_name_cure_and_command():
 
 def test_the_gaussian_differs_in_its_policy_alone():
     """sac_gaussian.py is sac_flow_g.py but for docstring, policy flags, and the policy with what builds it."""
-    differing = [
-        r'\A""".*?"""\n',
-        r"    # \w+ policy\n.*?(?=class BatchRenorm\()",
-        r"def make_actor\(.*?(?=\n\n\ndef )",
-    ]
     rests = [path.read_text() for path in (G, GAUSSIAN)]
-    for pattern in differing:
-        found = [re.findall(pattern, rest, re.S) for rest in rests]
+    for pattern in GAUSSIANS_OWN:
+        found = [re.findall(pattern, rest, re.S | re.M) for rest in rests]
         assert [len(matches) for matches in found] == [1, 1] and found[0] != found[1], pattern
-        rests = [re.sub(pattern, "", rest, flags=re.S) for rest in rests]
+        rests = [re.sub(pattern, "", rest, flags=re.S | re.M) for rest in rests]
     g, gaussian = (rest.splitlines() for rest in rests)
     assert g == gaussian, "\n".join(difflib.unified_diff(g, gaussian, lineterm=""))
 
 
-def split(text: str) -> list[tuple[str, str]]:
-    """A script in parts, cut at landmarks that each must occur once."""
-    landmarks = [
-        ("docstring", '"""'),
-        ("header", "# /// script"),
-        ("velocity's flags", "    velocity_dim: int"),
-        ("velocity network", "\n\nclass TimeEmbedding("),
-        ("from the actor on", "\n\nclass Actor("),
-    ]
-    positions = []
-    for name, landmark in landmarks:
-        assert text.count(landmark) == 1 or name == "docstring", landmark
-        positions.append(text.index(landmark))
-    assert positions == sorted(positions) and positions[0] == 0
-    ends = [*positions[1:], len(text)]
-    return [(name, text[a:b]) for (name, _), a, b in zip(landmarks, positions, ends, strict=True)]
+@pytest.mark.parametrize("other", [T, NAIVE, GAUSSIAN, OFFLINE], ids=lambda path: path.stem)
+def test_what_is_shared_is_the_same_text(other):
+    """`python tests/copy_shared.py` would change nothing."""
+    text, expected = other.read_text().splitlines(), with_shared(G.read_text(), other).splitlines()
+    assert text == expected, "\n".join(difflib.unified_diff(text, expected, lineterm=""))
 
 
 def test_script_metadata_equals_requirements():
