@@ -1,4 +1,4 @@
-"""What the tests share: the scripts as modules, and a way to run them as a user does."""
+"""Fixtures: the scripts as modules, and a way to run them as a user does."""
 
 import importlib
 import multiprocessing
@@ -14,13 +14,12 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 
 import pytest
 import torch
-from torch import nn
 
-ROOT = Path(__file__).parent.parent
+pytest.register_assert_rewrite("helpers")
+
+from helpers import FLOWS, ROOT, SCRIPTS, command  # noqa: E402
+
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "tests")]
-SCRIPTS = ["sac_flow_g", "sac_flow_t"]
-FLOWS = [*SCRIPTS, "sac_flow_naive"]
-SMALL = "--critic-dim 16 --sigma-dim 16 --velocity-dim 16 --batch-size 16 --no-compile --no-cuda".split()
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -39,44 +38,6 @@ def seeded():
 def script(request):
     """Each script in turn, the control included, imported."""
     return importlib.import_module(request.param)
-
-
-def command(name: str, *flags: str) -> list[str]:
-    """The command line of a script."""
-    (path,) = (path for path in (ROOT / f"{name}.py", ROOT / "benchmark" / f"{name}.py") if path.exists())
-    return [sys.executable, str(path), *map(str, flags)]
-
-
-def the_run(folder: Path) -> Path:
-    """The only run in a folder."""
-    (run,) = (folder / "runs").iterdir()
-    return run
-
-
-def checkpoint(run: Path) -> dict:
-    """A run's checkpoint and, beside its other entries, the run's progress, without what says how long things took."""
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    progress = state.pop("progress")
-    del progress["seconds"]
-    progress["rows"] = {name: [row[:-1] for row in rows] for name, rows in progress["rows"].items()}
-    return state | progress
-
-
-def assert_same(a, b, where="checkpoint"):
-    """Equality to the last bit of nested checkpoints."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b or a != a and b != b, where  # NaN is NaN
 
 
 # Half of a short run is the import of torch and its compiler. A server that has imported them forks a process for each.
@@ -129,21 +90,3 @@ def start(tmp_path, tmp_path_factory):
 def run(name, start):
     """Runs each script in turn in a fresh folder: `run(*flags)` returns the finished process."""
     return partial(start, name=name)
-
-
-class FixedPolicy(nn.Module):
-    """Stands for an actor: action and log_prob are functions of the observation that are known."""
-
-    def rollout(self, obs, noise):
-        return obs[:, :1], 10 * obs[:, 0], []
-
-
-class Table(nn.Module):
-    """Stands for a critic: Q(s, a) = scale * (s + a)."""
-
-    def __init__(self, scale):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, obs, action):
-        return self.scale * (obs[:, 0] + action[:, 0])

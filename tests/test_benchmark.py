@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FLOWS, ROOT, SMALL
+from helpers import FLOWS, ROOT, SMALL
 from torch import nn
 
 

@@ -7,7 +7,7 @@ import time
 import collect
 import numpy as np
 import pytest
-from conftest import SMALL, command
+from helpers import SMALL, command
 
 LIFT = ["--env-id", "lift", "--episodes", 3, "--workers", 1]
 

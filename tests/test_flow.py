@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import FLOWS
+from helpers import FLOWS
 from torch import nn
 from torch.autograd.functional import jacobian
 from torch.nn import functional as F
@@ -84,7 +84,7 @@ def test_act(script):
     assert not torch.equal(actor.act(obs), actor.act(obs))
 
 
-# --- marginal preservation: section 2 of the paper ---
+# --- the noisy rollout keeps the marginals: step 7 of the README's argument ---
 
 MEANS, STDS, WEIGHTS = torch.tensor([[-2.0, 0.5], [1.5, -1.0]]), torch.tensor([0.3, 0.5]), torch.tensor([0.3, 0.7])
 
@@ -153,7 +153,7 @@ def test_exponential_step_keeps_wide_and_narrow_marginals_whatever_sigma_is(scri
         assert distance("euler") > 5  # stiff: the narrow flow's velocity is steep, and the score amplifies it
 
 
-# --- a rollout is a residual RNN: section 1 of the paper ---
+# --- a rollout is a residual RNN: steps 2 to 6 of the README's argument ---
 
 
 class ResidualRNNCell(nn.Module):

@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, the_run
 from copy_shared import GAUSSIAN, GAUSSIANS_OWN, NAIVE, OFFLINE, OWN, G, T, split, with_shared
+from helpers import ROOT, SMALL, the_run
 
 
 @pytest.mark.parametrize("other", [T, NAIVE], ids=lambda path: path.stem)

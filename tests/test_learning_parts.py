@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import FixedPolicy, Table
+from helpers import FixedPolicy, Table
 from torch import nn
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, assert_same, checkpoint, command, the_run
+from helpers import SMALL, assert_same, checkpoint, command, the_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PENDULUM = ["--env-id", "InvertedPendulum-v4", "--learning-starts", "100", *SMALL]
