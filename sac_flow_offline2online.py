@@ -5,7 +5,7 @@ matching, while critics learn from the same data; online the chunks are executed
 through the policy's own sampling loop; a gate (Flow-G) or a decoder (Flow-T) as velocity is to tame it.
 Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
 
-    pip install -r requirements.txt -r benchmark/requirements-offline2online.txt
+    pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt
     python sac_flow_offline2online.py                                # robosuite's lift, 100 scripted demonstrations
     python sac_flow_offline2online.py --env-id cube-double-play-singletask-task2-v0 --velocity decoded
 
@@ -114,6 +114,8 @@ class Args:
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 5_000
     """steps between checkpoints; online each is saved at the next end of an episode, and one at the end of the run"""
+    run_name: Optional[str] = None
+    """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
@@ -758,6 +760,9 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
     args = tyro.cli(Args, description=__doc__)
     checkpoint = None
+    for name in ("resume", "evaluate", "run_name"):
+        if getattr(args, name) == "":
+            fail(f"{flag(name)} is empty: leave it out, or check the shell variable that it came from")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
@@ -774,6 +779,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
                 fail(f"{flag(name)} {new} conflicts with {old} of {folder}: drop the flag")
         if args.resume and args.offline_steps + args.online_steps <= checkpoint["progress"]["step"]:
             fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --online-steps to go on")
+    elif args.run_name and (folder := Path("runs") / args.run_name).exists():
+        fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or go on with --resume {folder}")
     task = args.env_id.split("-play")[0]
     betas = BETA.get(task, (100, 100))
     args.beta = betas[0] if args.beta is None else args.beta
@@ -803,7 +810,9 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     if 0 < args.online_steps <= args.online_start:
         fail(f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: lower it")
     if args.collect and (args.dataset or benchmark_of(args.env_id) == "minari"):
-        fail("--collect is for robosuite and OGBench without --dataset; benchmark/collect.py makes other data")
+        fail(
+            "--collect is for robosuite and OGBench without --dataset; benchmark/demonstrations makes other data"
+        )
     if args.learn_sigma and not math.exp(-5) < args.sigma < math.exp(2):
         fail(f"--sigma must be in (0.0068, 7.38), the range of a learned one, not {args.sigma}")
     if args.autotune and not (args.learn_sigma and args.alpha > 0):
@@ -880,9 +889,10 @@ class Run:
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict], files: list[str]):
         name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        folder = Path("runs") / (args.run_name or name)
         self.args = args
         self.total = total  # steps
-        self.folder = Path(args.resume or f"runs/{name}")
+        self.folder = Path(args.resume or folder)
         self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress(files=files)
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
@@ -891,6 +901,7 @@ class Run:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
 
+                name = self.folder.name
                 wandb.init(project="sac-flow", id=name, resume="allow", config=asdict(args), sync_tensorboard=True)
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
@@ -1146,7 +1157,7 @@ def benchmark_of(env_id: str) -> str:
         __import__(package)
         __import__("h5py")
     except ImportError as error:
-        install = "pip install -r requirements.txt -r benchmark/requirements-offline2online.txt"
+        install = "pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt"
         fail(f"--env-id {env_id} needs {error.name or package}: {install}")
     return package
 
@@ -1245,7 +1256,7 @@ def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym
 
 
 def collect(args: Args, looked: list[Path], advice: str) -> Path:
-    """Collect data with benchmark/collect.py into data/, if --collect or the task's default allows it."""
+    """Collect data into data/, as benchmark/demonstrations does, if --collect or the task's default allows it."""
     episodes = args.collect if args.collect is not None else 100 if args.env_id in ROBOSUITE else 0
     suffix = ".hdf5" if args.env_id in ROBOSUITE else ".npz"
     name, places = play_set(args.env_id), ", ".join(map(str, looked))
@@ -1255,7 +1266,7 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
     if not episodes:
         fail(f"no data for --env-id {args.env_id} at {places}: {advice}name it by --dataset, or --collect 100 episodes")
     print(f"no data at {places} or {path}: collecting {episodes} scripted episodes", file=sys.stderr)
-    program = Path(__file__).parent / "benchmark" / "collect.py"
+    program = Path(__file__).parent / "benchmark" / "demonstrations" / "collect.py"
     flags = ["--env-id", name, "--episodes", str(episodes), "--seed", "1", "--out", str(path)]
     try:
         made = program.is_file() and not subprocess.run([sys.executable, str(program), *flags]).returncode
@@ -1306,7 +1317,7 @@ def minari_dataset(args: Args):
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         where = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
-        make = f"python benchmark/collect.py --env-id {args.env_id} --policy runs/<name>"
+        make = f"python benchmark/demonstrations/collect.py --env-id {args.env_id} --policy runs/<name>"
         fail(f"--env-id {args.env_id}: no such task, nor Minari data set in {where} ({reason}); make one: {make}")
 
 

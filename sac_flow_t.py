@@ -80,6 +80,8 @@ class Args:
     """steps between evaluations of the averaged actor, which training does not notice; 0: none, not even at the end"""
     eval_episodes: int = 5
     """episodes of an evaluation"""
+    run_name: Optional[str] = None
+    """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
@@ -642,6 +644,9 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
     args = tyro.cli(Args, description=__doc__)
     checkpoint = None
+    for name in ("resume", "evaluate", "run_name"):
+        if getattr(args, name) == "":
+            fail(f"{flag(name)} is empty: leave it out, or check the shell variable that it came from")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
@@ -658,6 +663,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
                 fail(f"{flag(name)} {new} conflicts with {old} of {folder}: drop the flag")
         if args.resume and args.total_timesteps <= checkpoint["progress"]["step"]:
             fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --total-timesteps to go on")
+    elif args.run_name and (folder := Path("runs") / args.run_name).exists():
+        fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or go on with --resume {folder}")
 
     rules = [
         ("seed|learning_starts|renorm_warmup|eval_every", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
@@ -748,9 +755,10 @@ class Run:
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
         name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        folder = Path("runs") / (args.run_name or name)
         self.args = args
         self.total = total  # steps
-        self.folder = Path(args.resume or f"runs/{name}")
+        self.folder = Path(args.resume or folder)
         self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
@@ -759,6 +767,7 @@ class Run:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
 
+                name = self.folder.name
                 wandb.init(project="sac-flow", id=name, resume="allow", config=asdict(args), sync_tensorboard=True)
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))

@@ -17,9 +17,9 @@ import torch
 
 pytest.register_assert_rewrite("helpers")
 
-from helpers import FLOWS, ROOT, SCRIPTS, command  # noqa: E402
+from helpers import FLOWS, FOLDERS, ROOT, SCRIPTS, command  # noqa: E402
 
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "tests")]
+sys.path[:0] = [*map(str, FOLDERS), str(ROOT / "tests")]
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -53,7 +53,7 @@ def as_main(arguments: list[str], folder: Path, environ: dict, streams: list[Pat
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.argv[:] = arguments
-    own = {str(ROOT), str(ROOT / "benchmark"), str(ROOT / "tests")}
+    own = {*map(str, FOLDERS), str(ROOT / "tests")}
     sys.path[:] = [str(Path(arguments[0]).parent), environ["PYTHONPATH"], *(p for p in sys.path if p not in own)]
     runpy.run_path(arguments[0], run_name="__main__")
 

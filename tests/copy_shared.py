@@ -1,16 +1,17 @@
 """Copies a change of sac_flow_g.py to the scripts that share its text: python tests/copy_shared.py
 
-Each of them keeps what is its own: sac_flow_t.py and benchmark/sac_flow_naive.py docstring, the velocity's flags and
-the velocity network; benchmark/sac_gaussian.py docstring and policy; sac_flow_offline2online.py all but the functions
-and methods that are named here. Tests hold that it has nothing to do.
+Each of them keeps what is its own: sac_flow_t.py and sac_flow_naive.py docstring, the velocity's flags and the velocity
+network; sac_gaussian.py docstring and policy; sac_flow_offline2online.py all but the functions and methods that are
+named here. Tests hold that it has nothing to do.
 """
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-G, T, NAIVE = ROOT / "sac_flow_g.py", ROOT / "sac_flow_t.py", ROOT / "benchmark" / "sac_flow_naive.py"
-GAUSSIAN, OFFLINE = ROOT / "benchmark" / "sac_gaussian.py", ROOT / "sac_flow_offline2online.py"
+CONTROLS = ROOT / "benchmark" / "controls"
+G, T, NAIVE = ROOT / "sac_flow_g.py", ROOT / "sac_flow_t.py", CONTROLS / "sac_flow_naive.py"
+GAUSSIAN, OFFLINE = CONTROLS / "sac_gaussian.py", ROOT / "sac_flow_offline2online.py"
 
 OWN = ("docstring", "velocity's flags", "velocity network")
 GAUSSIANS_OWN = [

@@ -7,15 +7,21 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = [ROOT, *(ROOT / "benchmark" / kind for kind in ("", "controls", "demonstrations", "measurements"))]
 SCRIPTS = ["sac_flow_g", "sac_flow_t"]
 FLOWS = [*SCRIPTS, "sac_flow_naive"]
 SMALL = "--critic-dim 16 --sigma-dim 16 --velocity-dim 16 --batch-size 16 --no-compile --no-cuda".split()
 
 
+def path_of(name: str) -> Path:
+    """The file of a script, or of a program of benchmark/."""
+    (path,) = (folder / f"{name}.py" for folder in FOLDERS if (folder / f"{name}.py").exists())
+    return path
+
+
 def command(name: str, *flags: str) -> list[str]:
     """The command line of a script."""
-    (path,) = (path for path in (ROOT / f"{name}.py", ROOT / "benchmark" / f"{name}.py") if path.exists())
-    return [sys.executable, str(path), *map(str, flags)]
+    return [sys.executable, str(path_of(name)), *map(str, flags)]
 
 
 def the_run(folder: Path) -> Path:

@@ -3,12 +3,11 @@
 import csv
 import importlib
 import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
-from helpers import FLOWS, ROOT, SMALL
+from helpers import FLOWS, ROOT, SMALL, command
 from torch import nn
 
 
@@ -31,10 +30,7 @@ def test_gradient_norms_are_the_product_of_jacobians(name):
 
 def program(name, folder, *flags):
     """A finished run of a program of benchmark/."""
-    path = ROOT / "benchmark" / f"{name}.py"
-    return subprocess.run(
-        [sys.executable, path, *map(str, flags)], cwd=folder, text=True, capture_output=True, timeout=500
-    )
+    return subprocess.run(command(name, *flags), cwd=folder, text=True, capture_output=True, timeout=500)
 
 
 def test_gradient_norms_of_runs(start, tmp_path):

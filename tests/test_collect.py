@@ -1,4 +1,4 @@
-"""Data sets of benchmark/collect.py: the published layouts, successful experts, the same bytes whatever happens."""
+"""Data sets of collect.py: the published layouts, successful experts, the same bytes whatever happens."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def test_lift_is_laid_out_as_robomimic(demos):
         assert data.attrs["total"] == sum(demo.attrs["num_samples"] for demo in data.values())
         env_args = json.loads(data.attrs["env_args"])
         assert (env_args["env_name"], env_args["type"]) == ("Lift", 1)
-        assert env_args["env_kwargs"] == collect.robosuite_kwargs()
+        assert env_args["env_kwargs"] == collect.ENV_KWARGS
         for demo in data.values():
             steps = demo.attrs["num_samples"]
             assert demo.attrs["model_file"].startswith("<mujoco")

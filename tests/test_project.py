@@ -50,7 +50,7 @@ def test_what_is_shared_is_the_same_text(other):
 
 def test_script_metadata_equals_requirements():
     core = (ROOT / "requirements.txt").read_text().split("\n")[:-1]
-    tasks = (ROOT / "benchmark" / "requirements-offline2online.txt").read_text().split("\n")[:-1]
+    tasks = (ROOT / "benchmark" / "demonstrations" / "requirements.txt").read_text().split("\n")[:-1]
     for path in (G, T, NAIVE, GAUSSIAN, OFFLINE):
         requirements = [*core, *(line for line in tasks if line not in core)] if path == OFFLINE else core
         block = re.search(r"^# /// script\n(.*?)^# ///\n", path.read_text(), re.M | re.S)[1]

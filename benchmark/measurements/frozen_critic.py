@@ -5,7 +5,7 @@ the same sigma network, with the same batches, noise and optimizer. Records the 
 gradient over the rollout |dL/dA_0| / |dL/dA_K|, and the norm of the gradient of all parameters; for several K, with
 the velocity's weight matrices scaled at the start so that dv/dA is large, and with the score and without.
 
-    python benchmark/frozen_critic.py --run runs/<name> --out benchmark/results/gradients
+    python benchmark/measurements/frozen_critic.py --run runs/<name> --out benchmark/results/gradients
 
 Writes <out>/frozen_critic.csv and a figure: means over seeds, bands of the range.
 """

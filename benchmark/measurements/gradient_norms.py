@@ -6,8 +6,8 @@ carries the gradient from A_K back to A_0 where there is no score. At initialisa
 vector u; `--weight-scales` multiplies the velocity's weight matrices, as training may do. With `--runs`, also: the
 norms that training logged, and the Jacobians at each run's checkpoint, on observations of its replay buffer.
 
-    python benchmark/gradient_norms.py --out benchmark/results/gradients
-    python benchmark/gradient_norms.py --runs runs/Hopper-v4__* --out benchmark/results/gradients
+    python benchmark/measurements/gradient_norms.py --out benchmark/results/gradients
+    python benchmark/measurements/gradient_norms.py --runs runs/Hopper-v4__* --out benchmark/results/gradients
 
 Writes <out>/init.csv, training.csv, checkpoints.csv and a figure of each: means over seeds, bars of the range.
 """
@@ -27,8 +27,8 @@ from typing import Literal, NoReturn
 import torch
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "controls")]
 NAMES = {"sac_flow_naive": "naive", "sac_flow_g": "Flow-G", "sac_flow_t": "Flow-T"}
 COLORS = {"sac_flow_naive": "#888888", "sac_flow_g": "#c44e52", "sac_flow_t": "#4c72b0"}
 

@@ -1,8 +1,8 @@
 """Makes data sets for offline-to-online training, in the published formats, by playing scripted experts or a policy.
 
-    python benchmark/collect.py --env-id cube-single-play-v0 --episodes 1000
-    python benchmark/collect.py --env-id lift --episodes 100
-    python benchmark/collect.py --env-id mujoco/hopper/sac-flow-v0 --policy runs/<name>
+    python benchmark/demonstrations/collect.py --env-id cube-single-play-v0 --episodes 1000
+    python benchmark/demonstrations/collect.py --env-id lift --episodes 100
+    python benchmark/demonstrations/collect.py --env-id mujoco/hopper/sac-flow-v0 --policy runs/<name>
 
 OGBench (cube, scene and puzzle; `X-play-v0`): X.npz and X-val.npz, regenerated with the oracles that the ogbench
 package ships, after the published protocol: the same code, other random draws. robosuite (lift, can, square): the
@@ -12,7 +12,7 @@ or sac_flow_t.py, playing stochastically.
 
 Episode i depends on --seed and i alone: the number of workers changes nothing, and a repeated call gives the same
 bytes. Finished episodes wait in <out>.parts/; after an interruption the same command goes on from there.
-Needs: pip install -r requirements.txt -r benchmark/requirements-offline2online.txt
+Needs: pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt
 """
 
 import hashlib
@@ -43,7 +43,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-INSTALL = "pip install -r requirements.txt -r benchmark/requirements-offline2online.txt"
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "measurements")]
+from sac_flow_offline2online import ROBOSUITE_KWARGS, play_set  # noqa: E402
+
+ENV_KWARGS = dict(**ROBOSUITE_KWARGS, has_offscreen_renderer=False, use_object_obs=True)
+INSTALL = "pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt"
 ATTEMPTS = 20  # at one episode, before the expert counts as broken
 
 # Range from which each OGBench episode draws the probability that the next target is on top of another cube
@@ -206,27 +211,12 @@ TASKS = {
 }
 
 
-def robosuite_kwargs() -> dict:
-    """What robosuite.make takes besides the name, as in the published data: a Panda, 7 actions in [-1, 1], 20 Hz."""
-    osc = dict(
-        type="OSC_POSE", input_max=1, input_min=-1, output_max=[0.05] * 3 + [0.5] * 3,
-        output_min=[-0.05] * 3 + [-0.5] * 3, kp=150, damping=1, impedance_mode="fixed", kp_limits=[0, 300],
-        damping_limits=[0, 10], position_limits=None, orientation_limits=None, uncouple_pos_ori=True,
-        control_delta=True, interpolation=None, ramp_ratio=0.2, input_ref_frame="world", gripper=dict(type="GRIP"),
-    )  # fmt: skip
-    return dict(
-        robots=["Panda"], controller_configs=dict(type="BASIC", body_parts=dict(right=osc)), control_freq=20,
-        lite_physics=False, reward_shaping=False, ignore_done=True, has_renderer=False, has_offscreen_renderer=False,
-        use_camera_obs=False, use_object_obs=True,
-    )  # fmt: skip
-
-
 def make_robosuite(env_id: str):
     """The robosuite environment of lift, can or square; reset it with `reset_robosuite`."""
     quiet()
     import robosuite
 
-    return robosuite.make(TASKS[env_id].name, **robosuite_kwargs())
+    return robosuite.make(TASKS[env_id].name, **ENV_KWARGS)
 
 
 def reset_robosuite(env, seed: int) -> dict:
@@ -273,7 +263,7 @@ def write_robomimic(args: Args, parts: list[Path], out: Path) -> int:
     import h5py
 
     env_args = dict(env_name=TASKS[args.env_id].name, env_version=metadata.version("robosuite"), type=1)
-    env_args["env_kwargs"] = robosuite_kwargs()
+    env_args["env_kwargs"] = ENV_KWARGS
     with h5py.File(out, "w") as file:
         data, total = file.create_group("data"), 0
         for i, part in enumerate(parts):
@@ -290,11 +280,6 @@ def write_robomimic(args: Args, parts: list[Path], out: Path) -> int:
 
 
 # OGBench: the package's own oracles.
-
-
-def play_set(env_id: str) -> str:
-    """The play data set that OGBench loads for an environment id: without -singletask and its task."""
-    return re.sub(r"-singletask(-task[1-5])?", "", env_id)
 
 
 def ogbench_player(args: Args) -> Callable:

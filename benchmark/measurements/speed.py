@@ -5,9 +5,9 @@ second end to end after compilation, milliseconds per step of its parts, start-u
 is what the step's matrix products alone would take: their FLOPs, counted by torch while the same script runs eagerly,
 over the rate of a (2 batch, width) x (width, width) product, measured in the same process, as the script asks for it.
 
-    python benchmark/speed.py --cores 0 --out benchmark/results/speed.csv
-    python benchmark/speed.py --cores 0 1 --suite default
-    python benchmark/speed.py --device cuda --suite paper
+    python benchmark/measurements/speed.py --cores 0 --out benchmark/results/speed.csv
+    python benchmark/measurements/speed.py --cores 0 1 --suite default
+    python benchmark/measurements/speed.py --device cuda --suite paper
 """
 
 import csv
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, Optional
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAPER = "--critic-dim 1024 --sigma-dim 512 --batch-size 512"
 SUITES = {
     "baseline": {"default": ""},
@@ -119,9 +119,14 @@ class Clock:
         self.steps += 1
 
 
+def folders(root: Path) -> list[Path]:
+    """Where a version of the project, present or older, may have its scripts."""
+    return [root, root / "benchmark", root / "benchmark" / "controls"]
+
+
 def run_script(job: dict, flags: list[str], clock: Clock) -> None:
     """Train with the script `job` names, its functions clocked, until the clock has seen enough."""
-    sys.path[:0] = [job["root"], str(Path(job["root"]) / "benchmark")]
+    sys.path[:0] = map(str, folders(Path(job["root"])))
     script = importlib.reload(importlib.import_module(job["script"]))
     if hasattr(script.Args, "eval_every"):  # older versions have none
         flags = [*flags, "--eval-every", "0"]
@@ -249,7 +254,7 @@ def main() -> None:
     suites = ["default", "growth", "paper"] if args.suite == "all" else [args.suite]
     jobs = [(name, f"{flags} {args.extra}") for suite in suites for name, flags in SUITES[suite].items()]
     for script in args.scripts:
-        if not any((folder / f"{script}.py").is_file() for folder in (args.root, args.root / "benchmark")):
+        if not any((folder / f"{script}.py").is_file() for folder in folders(args.root)):
             fail(f"--scripts {script}: no {script}.py in {args.root} or its benchmark/")
     if not hasattr(os, "sched_setaffinity"):
         fail("only Linux pins processes to cores")
