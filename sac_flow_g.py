@@ -3,7 +3,7 @@
 An action is made by K Euler steps of a velocity network, and gradients of the critic run back through all of
 them. That loop is a residual RNN over the flow time, so its gradients can explode. Flow-G is the paper's proposed
 cure, after the GRU: the velocity is gated, so that a noise-free step mixes the old action and a candidate.
-Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
+Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments name.
 
     python sac_flow_g.py --env-id Hopper-v4
 
@@ -131,7 +131,7 @@ class Args:
     flow_steps: int = 4
     """K, Euler steps from noise to action"""
     # With a constant sigma the exponential step stood at 1 041 and 396 on Hopper-v4 after 60 000 steps, with sigma
-    # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds; more in the README's Results).
+    # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
     """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
     sigma_dim: int = 256
@@ -223,7 +223,7 @@ class Actor(nn.Module):
         Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
         without noise, for the velocity of a true flow and K large. Euler's, the paper's, overshoots where sigma is
         large. The exponential one has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within the step and
-        solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the README).
+        solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the derivation).
         """
         dt = 1 / self.flow_steps
         t = i * dt

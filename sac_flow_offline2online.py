@@ -3,7 +3,7 @@
 The policy makes a chunk of h actions by K Euler steps of a velocity network. Offline it is fitted to the data by flow
 matching, while critics learn from the same data; online the chunks are executed, and the critics' gradient runs back
 through the policy's own sampling loop; a gate (Flow-G) or a decoder (Flow-T) as velocity is to tame it.
-Paper: "SAC Flow", arXiv 2509.25756; the README's "The argument" has the equations that comments name.
+Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments name.
 
     pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt
     python sac_flow_offline2online.py                                # robosuite's lift, 100 scripted demonstrations
@@ -316,7 +316,7 @@ class Actor(nn.Module):
     """Flow policy over chunks of h actions: K noisy Euler steps of a velocity network, then tanh to the action bounds.
 
     Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
-    bounds, `velocity` a factory (obs_dim, h D) -> module. Below, and in the README, D stands for h D.
+    bounds, `velocity` a factory (obs_dim, h D) -> module. Below D stands for h D.
     `sigma` is fixed, or with `learn_sigma` the one near which a learned sigma starts.
     """
 
@@ -359,7 +359,7 @@ class Actor(nn.Module):
         Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
         without noise, for the velocity of a true flow and K large. Euler's, the paper's, overshoots where sigma is
         large. The exponential one has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within the step and
-        solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the README).
+        solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the derivation).
         """
         dt = 1 / self.flow_steps
         t = i * dt

@@ -84,7 +84,7 @@ def test_act(script):
     assert not torch.equal(actor.act(obs), actor.act(obs))
 
 
-# --- the noisy rollout keeps the marginals: step 7 of the README's argument ---
+# --- the noisy rollout keeps the marginals: step 7 of the argument ---
 
 MEANS, STDS, WEIGHTS = torch.tensor([[-2.0, 0.5], [1.5, -1.0]]), torch.tensor([0.3, 0.5]), torch.tensor([0.3, 0.7])
 
@@ -153,7 +153,7 @@ def test_exponential_step_keeps_wide_and_narrow_marginals_whatever_sigma_is(scri
         assert distance("euler") > 5  # stiff: the narrow flow's velocity is steep, and the score amplifies it
 
 
-# --- a rollout is a residual RNN: steps 2 to 6 of the README's argument ---
+# --- a rollout is a residual RNN: steps 2 to 6 of the argument ---
 
 
 class ResidualRNNCell(nn.Module):
