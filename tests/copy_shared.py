@@ -21,12 +21,13 @@ GAUSSIANS_OWN = [
 ]
 FLAGS = re.S | re.M
 FUNCTIONS = """
-    TimeEmbedding alpha_loss record with_gradients apply_gradients move_average fail explained flag target_entropy_of
+    TimeEmbedding alpha_loss record with_gradients apply_gradients move_average Failure fail first_line explained flag
+    in_digits normalizers running_statistics set_running_statistics lock target_entropy_of
     write load seed_random fork_random record_videos to_obs to_action unchanged find_compiler matmul_precision CudaGraph
 """.split()
 METHODS = """
     step largest_entropy noise __enter__ __exit__ on_signal seconds paused kept check_finite mean_losses log_update
-    count_step write_scalars write_row should_save save_policy say_where
+    say_how_it_goes count_step write_scalars write_row should_save save_policy say_where
 """.split()
 
 

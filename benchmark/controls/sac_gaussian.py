@@ -35,8 +35,10 @@ import time
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial, wraps
 from pathlib import Path
+from traceback import format_exception
 from typing import Literal, NoReturn, Optional
 
 import gymnasium as gym
@@ -141,6 +143,8 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, action_low, action_high, *, dim: int = 256, renorm=lambda dim: nn.Identity()):
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
+        if not (low.isfinite() & high.isfinite() & (low < high)).all():
+            raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.obs_dim = obs_dim
         self.action_dim = len(low)
         self.target_entropy = -float(self.action_dim)  # what SAC made customary
@@ -158,8 +162,12 @@ class Actor(nn.Module):
 
         obs (B, obs_dim); noise (1, B, D) of unit Gaussians.
         Returns action (B, D) in the environment's units, log_prob (B,) = log p(action | s), and as path the list of the
-        action before tanh, (B, D).
+        action before tanh, (B, D). Raises ValueError for other shapes.
         """
+        expected = (1, obs.shape[0], self.action_dim)
+        if obs.shape[1:] != (self.obs_dim,) or noise.shape != expected:
+            shapes = f"{tuple(obs.shape)} and {tuple(noise.shape)}"
+            raise ValueError(f"rollout takes obs (B, {self.obs_dim}) and noise {expected}, not {shapes}")
         mean, log_std = self.net(self.norm(obs)).chunk(2, dim=1)
         log_std = -1.5 + 3.5 * torch.tanh(log_std)  # (B, D) in [-5, 2]
         a = mean + log_std.exp() * noise[0]
@@ -178,8 +186,20 @@ class Actor(nn.Module):
         return draw((1, batch, self.action_dim), device=self.scale.device, dtype=self.scale.dtype)
 
     def act(self, obs, deterministic: bool = False):
-        """Actions (B, D) for obs (B, obs_dim); deterministic: tanh of the mean."""
-        return self.rollout(obs, self.noise(len(obs), deterministic))[0]
+        """Actions (B, D) for obs (B, obs_dim), or one, (D,), for one of (obs_dim,), never normalised by the batch.
+
+        Deterministic: tanh of the mean.
+        """
+        training = self.norm.training
+        self.norm.eval()
+        batch = obs if obs.ndim == 2 else obs[None]
+        action = self.rollout(batch, self.noise(batch.shape[0], deterministic))[0]
+        self.norm.train(training)
+        return action if obs.ndim == 2 else action[0]
+
+    def forward(self, obs):
+        """The deterministic action, for torch.export and wherever a module is called."""
+        return self.act(obs, deterministic=True)
 
 
 class BatchRenorm(nn.Module):
@@ -388,12 +408,14 @@ def main() -> None:
     env.reset(seed=args.seed)
     env.action_space.seed(args.seed)
     if checkpoint:
-        for name, part in learned.items():
-            part.load_state_dict(checkpoint[name])
-        log_alpha.data.copy_(checkpoint["log_alpha"])
-        losses.copy_(checkpoint["losses"])
-        buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
-        set_random_states(checkpoint["random"], device, env)
+        with explained(f"--resume {args.resume}: its checkpoint is not for {args.env_id} as it is now, or was altered"):
+            for name, part in learned.items():
+                part.load_state_dict(checkpoint[name])
+            log_alpha.data.copy_(checkpoint["log_alpha"])
+            losses.copy_(checkpoint["losses"])
+            buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
+            set_random_states(checkpoint["random"], device, env)
+            set_running_statistics(env, checkpoint["statistics"])
     run = Run(args, args.total_timesteps, checkpoint)
     progress = run.progress
     if args.capture_video:
@@ -443,16 +465,18 @@ def main() -> None:
     def score(kind: Literal["deterministic", "stochastic"]) -> None:
         """Evaluate the averaged actor. Neither training nor its clock notices."""
         with run.paused(), fork_random(args.seed, device, env):
+            set_running_statistics(eval_env, running_statistics(env), frozen=True)
             act = partial(choose_averaged, deterministic=kind == "deterministic")
             scores = evaluate(act, eval_env, args.eval_episodes, args.seed)
         if run.report(kind, scores):  # the best so far
-            run.save_policy("policy_best.pt", average)
+            run.save_policy("policy_best.pt", average, env)
 
     def save() -> None:
         """Save all that decides how the run goes on from an episode's end."""
         state = {name: part.state_dict() for name, part in learned.items()}
         state |= dict(log_alpha=log_alpha.detach(), losses=losses, random=random_states(device, env))
-        run.save({**state, "buffer": buffer.filled(), "buffer_added": buffer.added}, average)
+        state["statistics"] = running_statistics(env)
+        run.save({**state, "buffer": buffer.filled(), "buffer_added": buffer.added}, average, env)
 
     with run, env, eval_env:
         done = True
@@ -502,10 +526,19 @@ def main() -> None:
 # Plumbing: nothing below is the algorithm
 
 
+class Failure(SystemExit):
+    """What `fail` raises, and nobody else."""
+
+
 def fail(message: str) -> NoReturn:
     """Stop with one line on standard error and exit code 2."""
     tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
-    raise SystemExit(2)
+    raise Failure(2)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in a line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -514,7 +547,7 @@ def explained(what: str):
     try:
         yield
     except Exception as error:  # a user's environment, or a library, may raise anything
-        fail(f"{what}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        fail(f"{what}: {first_line(error)}")
 
 
 def flag(name: str) -> str:
@@ -522,9 +555,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def in_digits(word: str) -> str:
+    """1e6 -> 1000000, so that it can be given for an integer; any other word stays."""
+    with contextlib.suppress(ValueError):
+        if "e" in word and float(word).is_integer():
+            return str(int(float(word)))
+    return word
+
+
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
-    args = tyro.cli(Args, description=__doc__)
+    argv = [in_digits(word) for word in sys.argv[1:]]
+    args = tyro.cli(Args, description=__doc__, args=argv)
     checkpoint = None
     for name in ("resume", "evaluate", "run_name"):
         if getattr(args, name) == "":
@@ -537,7 +579,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         checkpoint = load(path if path.suffix == ".pt" else path / name, key)
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
-        args = tyro.cli(Args, description=__doc__, default=saved)
+        args = tyro.cli(Args, description=__doc__, args=argv, default=saved)
         may_change = "total_timesteps cuda compile capture_video track save_every eval_every eval_episodes".split()
         for name, old in vars(saved).items():
             new = getattr(args, name)
@@ -548,11 +590,14 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     elif args.run_name and (folder := Path("runs") / args.run_name).exists():
         fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or go on with --resume {folder}")
 
+    least = 2 if args.crossq else 1  # BatchRenorm needs a batch
+    starts = args.learning_starts
     rules = [
         ("seed|learning_starts|renorm_warmup|eval_every", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
-        ("batch_size", lambda n: 1 <= n <= args.buffer_size, f"from 1 to --buffer-size {args.buffer_size}"),
+        ("batch_size", lambda n: least <= n <= args.buffer_size, f"from {least} to --buffer-size {args.buffer_size}"),
         (".*_(size|dim|layers|steps|timesteps|episodes|delay)|save_every", lambda n: n is None or n >= 1, "1 or more"),
-        (".*_lr|alpha", lambda x: 0 < x < math.inf, "above 0"),
+        ("total_timesteps", lambda n: n > starts, f"above --learning-starts {starts}, where learning begins"),
+        (".*_lr|alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("adam_b1|actor_average", lambda x: 0 <= x < 1, "in [0, 1)"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -627,8 +672,8 @@ class Run:
     """A run's folder and what is written there; its progress bar; and Ctrl-C.
 
     Made once nothing but the folder can fail. As a context it counts time, and takes the first Ctrl-C or kill for the
-    wish to stop at the episode's end; a second one stops at once. It turns an OSError, such as a full disk, into one
-    line.
+    wish to stop at the episode's end; a second one stops at once. It turns what the environment raises, or a full disk,
+    into one line, and leaves the traceback in error.txt. No other process can have the folder at the same time.
     """
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
@@ -649,6 +694,8 @@ class Run:
                 wandb.init(project="sac-flow", id=name, resume="allow", config=asdict(args), sync_tensorboard=True)
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
+            self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
+            lock(self.lock)
             (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
             for name, rows in self.progress.rows.items():
                 with open(self.folder / name, "w", newline="") as file:
@@ -656,22 +703,33 @@ class Run:
             self.writer = SummaryWriter(self.folder, purge_step=self.progress.step + 1 if checkpoint else None)
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         self.writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
+        print(f"run: {self.folder}", flush=True)
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         done = self.progress.step
-        self.bar = tqdm(total=self.total, initial=done, unit="step", mininterval=1, dynamic_ncols=True)
+        form = "{l_bar}{bar}| {n}/{total} [{elapsed}{postfix}]"
+        quiet = not sys.stderr.isatty()  # a log file gets lines instead
+        self.bar = tqdm(total=self.total, initial=done, dynamic_ncols=True, bar_format=form, disable=quiet)
         self.clock = time.time() - self.progress.seconds
+        self.said = time.time()  # the latest line
+        self.compiled = None  # step and seconds when updates had been compiled: speed counts from there
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         self.bar.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.lock.close()
         with contextlib.suppress(OSError):  # a full disk has its message below; what was saved is on it
             self.writer.close()
-        if isinstance(error, OSError):
-            fail(f"step {self.progress.step}: {error}; {self.kept()}")
+        if error and not isinstance(error, Failure):
+            where = "the disk may be full"
+            with contextlib.suppress(OSError):
+                (self.folder / "error.txt").write_text("".join(format_exception(error)))
+                where = f"traceback in {self.folder / 'error.txt'}"
+            what = f"{type(error).__name__}: {first_line(error)}"
+            fail(f"step {self.progress.step} of {self.args.env_id}: {what}; {where}; {self.kept()}")
 
     def on_signal(self, number, frame) -> None:
         self.interrupted = number
@@ -721,9 +779,23 @@ class Run:
             means = self.mean_losses()
             self.write_scalars({f"losses/{name}": mean for name, mean in means.items()})
             self.write_scalars({"charts/SPS": self.progress.step / self.seconds()})
-            recent = [row[1] for row in self.progress.rows["returns.csv"][1:][-10:]]
-            shown = f"{np.mean(recent):.0f}" if recent else "-"
-            self.bar.set_postfix({"return": shown, "alpha": f"{means['alpha']:.3g}"}, refresh=False)
+            self.say_how_it_goes(means["alpha"])
+
+    def say_how_it_goes(self, alpha: float) -> None:
+        """Steps per second, return of the last ten episodes and the time left: in the bar, or a line a minute."""
+        step = self.progress.step
+        recent = [row[1] for row in self.progress.rows["returns.csv"][1:][-10:]]
+        shown = f"return {np.mean(recent):.4g}, " if recent else ""
+        if self.compiled:
+            speed = (step - self.compiled[0]) / (self.seconds() - self.compiled[1])
+            left = timedelta(seconds=round((self.total - step) / speed))
+            shown += f"{speed:.1f} steps/s, {left} left, "
+        self.compiled = self.compiled or (step, self.seconds())
+        line = f"{shown}alpha {alpha:.2g}"
+        self.bar.set_postfix_str(line, refresh=False)
+        if self.bar.disable and time.time() - self.said > 60:
+            self.said = time.time()
+            print(f"step {step} of {self.total}: {line}", file=sys.stderr, flush=True)
 
     def count_step(self) -> None:
         """Note a step of the environment."""
@@ -763,21 +835,22 @@ class Run:
         """Whether a checkpoint is due at the end of this episode."""
         return bool(self.interrupted) or self.progress.step - self.saved_step >= self.args.save_every
 
-    def save(self, state: dict, policy: Actor) -> None:
+    def save(self, state: dict, policy: Actor, env: gym.Env) -> None:
         """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
         self.mean_losses()
         for network in ("actor", "critics"):
             self.check_finite(**{f"{network}.{name}": value.cpu() for name, value in state[network].items()})
         self.progress.seconds = self.seconds()
         own = {"script": SCRIPT, "args": asdict(self.args), "progress": asdict(self.progress)}
-        self.save_policy("policy.pt", policy)
+        self.save_policy("policy.pt", policy, env)
         write(self.folder / "checkpoint.pt", own | state)
         self.saved_step = self.progress.step
 
-    def save_policy(self, name: str, actor: Actor) -> None:
-        """Write an actor, and what builds it, as `load_policy` reads it."""
+    def save_policy(self, name: str, actor: Actor, env: gym.Env) -> None:
+        """Write an actor, and what builds it, as `load_policy` reads it; and by what `env` normalises, for `play`."""
         own = {"script": SCRIPT, "args": asdict(self.args), "step": self.progress.step}
-        write(self.folder / name, own | {"obs_dim": actor.obs_dim, "actor": actor.state_dict()})
+        own |= {"obs_dim": actor.obs_dim, "statistics": running_statistics(env)}
+        write(self.folder / name, own | {"actor": actor.state_dict()})
 
     def say_where(self) -> None:
         """Say where the run is, and how to go on with one that was stopped, which has an exit code of its own."""
@@ -838,18 +911,23 @@ def load_policy(path: str) -> Actor:
 
 def play(args: Args, policy: dict) -> None:
     """Play a saved policy: in a window where there is a display, or as videos, and print its returns."""
-    actor = build_policy(policy).to("cuda" if args.cuda else "cpu")
+    with explained(f"--evaluate {args.evaluate}: it was altered"):
+        actor = build_policy(policy).to("cuda" if args.cuda else "cpu")
     env = make_env(args.env_id, args.max_episode_steps, "rgb_array" if args.capture_video else "human")
     path = Path(args.evaluate)
     if args.capture_video:
-        env = record_videos(env, path.parent if path.suffix == ".pt" else path, "evaluation", lambda episode: True)
+        first = lambda episode: episode % args.eval_episodes == 0  # noqa: E731  of each kind
+        env = record_videos(env, path.parent if path.suffix == ".pt" else path, "evaluation", first)
+    if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
+        fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
+    set_running_statistics(env, policy["statistics"], frozen=True)
     choose = compiled_policy(actor, env, jit=unchanged, graph=unchanged)
-    print(f"{path} at step {policy['step']}")
+    print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
     seed_random(args.seed)
     with env:
         for kind in ("deterministic", "stochastic"):
             act = partial(choose, deterministic=kind == "deterministic")
-            print(f"{kind}: {describe(evaluate(act, env, args.eval_episodes, args.seed))}")
+            print(f"{kind}: {describe(evaluate(act, env, args.eval_episodes, args.seed))}", flush=True)
 
 
 def seed_random(seed: int) -> None:
@@ -893,6 +971,52 @@ def fork_random(seed: int, device: torch.device, env: gym.Env):
     seed_random(seed % 2**32)
     yield
     set_random_states(states, device, env)
+
+
+def normalizers(env: gym.Env):
+    """gymnasium's NormalizeObservation and NormalizeReward around `env`, each with its running statistics."""
+    while isinstance(env, gym.Wrapper):
+        for name in ("obs_rms", "return_rms"):
+            if name in vars(env):
+                yield env, vars(env)[name]
+        env = env.env
+
+
+def running_statistics(env: gym.Env) -> list[dict]:
+    """What the `normalizers` of an environment have seen, in types that torch.load(weights_only=True) accepts."""
+    states = []
+    for wrapper, seen in normalizers(env):
+        discounted = float(getattr(wrapper, "discounted_reward", 0))
+        mean = torch.as_tensor(seen.mean).clone()
+        var = torch.as_tensor(seen.var).clone()
+        states.append({"mean": mean, "var": var, "count": float(seen.count), "discounted": discounted})
+    return states
+
+
+def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
+    """Undo `running_statistics`, also in another environment of the same id; `frozen`: they do not move from there."""
+    for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
+        seen.mean = state["mean"].numpy().copy()
+        seen.var = state["var"].numpy().copy()
+        seen.count = state["count"]
+        wrapper.discounted_reward = np.array([state["discounted"]])
+        wrapper.update_running_mean = not frozen
+
+
+def lock(file) -> None:
+    """Take a file for this process, as long as it is open; stops the program if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        fail(f"{Path(file.name).parent} is in use by process {file.read()}: wait for its end, or stop it")
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
 
 
 def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: Optional[str] = None) -> gym.Env:
@@ -1056,4 +1180,8 @@ class CudaGraph:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # a run has its own way to stop
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
