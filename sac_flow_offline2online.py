@@ -1232,7 +1232,7 @@ def running_statistics(env: gym.Env) -> list[dict]:
     """What the `normalizers` of an environment have seen, in types that torch.load(weights_only=True) accepts."""
     states = []
     for wrapper, seen in normalizers(env):
-        discounted = float(getattr(wrapper, "discounted_reward", 0))
+        discounted = float(np.sum(getattr(wrapper, "discounted_reward", 0)))  # of NormalizeReward
         mean = torch.as_tensor(seen.mean).clone()
         var = torch.as_tensor(seen.var).clone()
         states.append({"mean": mean, "var": var, "count": float(seen.count), "discounted": discounted})

@@ -378,3 +378,44 @@ def test_gaussian_density_is_that_of_torch_distributions():
     assert actor.largest_entropy() == pytest.approx(math.log(0.8 * 4 * 5))
     mode = actor.act(obs, deterministic=True)
     torch.testing.assert_close(mode, torch.tanh(mean) * actor.scale + actor.bias)
+
+
+# --- the actor, copied ---
+
+
+def test_shapes_are_checked(script):
+    """Nine rows of noise for four steps once gave a wrong density without a word."""
+    actor = script.Actor(11, [-1] * 3, [1] * 3)
+    obs, noise = torch.randn(5, 11), torch.randn(5, 5, 3)
+    for bad_obs, bad_noise in ((obs, torch.randn(9, 5, 3)), (obs[:, :4], noise), (obs[:1], noise), (obs[0], noise)):
+        with pytest.raises(ValueError, match=r"rollout takes obs \(B, 11\) and noise \(5, "):
+            actor.rollout(bad_obs, bad_noise)
+    for low, high in (([-1, -1], [1, torch.inf]), ([1, -1], [-1, 1]), ([0, 0], [0, 1])):
+        with pytest.raises(ValueError, match="finite bounds, low < high"):
+            script.Actor(11, low, high)
+
+
+@pytest.mark.parametrize("name", [*FLOWS, "sac_gaussian"])
+def test_act_takes_one_observation_and_never_the_batchs_statistics(name):
+    script = importlib.import_module(name)
+    actor = script.Actor(11, [-1] * 3, [1] * 3, renorm=script.BatchRenorm)
+    obs = 3 + torch.randn(5, 11)
+    actor.norm(obs)  # statistics that are neither 0 nor 1
+    expected = actor.eval().act(obs, deterministic=True)
+    actor.train()
+    before = {name: value.clone() for name, value in actor.state_dict().items()}
+    assert torch.equal(actor.act(obs, deterministic=True), expected) and torch.equal(actor(obs), expected)
+    torch.testing.assert_close(actor.act(obs[2], deterministic=True), expected[2])
+    assert actor.act(obs[2]).shape == (3,)
+    assert actor.norm.training and all(torch.equal(value, before[name]) for name, value in actor.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [*FLOWS, "sac_gaussian"])
+def test_export_with_a_dynamic_batch(name):
+    script = importlib.import_module(name)
+    actor = script.Actor(11, [-1] * 3, [1] * 3, renorm=script.BatchRenorm).eval()
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(actor, (torch.randn(4, 11),), dynamic_shapes=({0: batch},)).module()
+    for size in (1, 7):
+        obs = torch.randn(size, 11)
+        torch.testing.assert_close(exported(obs), actor.act(obs, deterministic=True))

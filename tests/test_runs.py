@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -211,6 +212,23 @@ def test_evaluation_takes_no_time_of_the_run_and_keeps_the_best_policy(script, m
     assert torch.load(folder / "checkpoint.pt")["progress"]["seconds"] < 6
 
 
+def test_a_log_file_gets_lines(script, main, monkeypatch, capsys):
+    """Not the fragments of a progress bar: with the speed since updates began, and the time that is left."""
+    write = script.Run.say_how_it_goes
+
+    def at_once(run, alpha):
+        run.said = 0
+        write(run, alpha)
+
+    monkeypatch.setattr(script.Run, "say_how_it_goes", at_once)
+    folder = main(script, *PENDULUM, "--total-timesteps", 400, "--run-name", "x")
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 200 of 400", "step 300 of 400", "step 400 of 400"]
+    assert re.fullmatch(r"step 300 of 400: return [\d.]+, [\d.]+ steps/s, 0:00:\d\d left, alpha 0.0[\d]+", lines[1])
+    assert output.out.startswith("run: runs/x\n") and folder.name == "x"
+
+
 def test_load_policy_is_the_averaged_actor(script, main, tmp_path, capsys):
     folder = main(script, *PENDULUM, "--total-timesteps", 150, "--actor-average", 0.9, "--flow-steps", 3)
     actor, state = script.load_policy(folder / "policy.pt"), checkpoint(folder)
@@ -312,6 +330,25 @@ def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     assert int(end) == start + 3 + int(length)
 
 
+def test_statistics_of_normalising_wrappers_are_part_of_a_run(script, main, monkeypatch):
+    """Resumed bit for bit; evaluations and the saved policy have the training's, and do not move them."""
+    flags = ["--env-id", "tiny_envs:Normalized-v0", "--learning-starts", 50, "--eval-every", 60, *SMALL]
+    whole = main(script, *flags, "--total-timesteps", 162)
+    folder = main(script, *flags, "--total-timesteps", 108)  # an episode's end
+    state = checkpoint(folder)
+    main(script, "--resume", folder, "--total-timesteps", 162)
+    assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
+    assert returns(folder) == returns(whole)
+    seen, _ = checkpoint(folder)["statistics"], state["statistics"]
+    assert [round(entry["count"]) for entry in seen] == [162, 162 + 18 + 1]  # of rewards; of observations, with resets
+    assert_same(torch.load(folder / "policy.pt")["statistics"], seen)
+    env = script.make_env("tiny_envs:Normalized-v0")
+    script.set_running_statistics(env, seen, frozen=True)
+    env.reset()
+    env.step(env.action_space.sample())
+    assert_same(script.running_statistics(env)[1], seen[1])
+
+
 def test_evaluations_at_a_checkpoints_step_are_kept(script, main):
     """Episodes, evaluations and checkpoints end at the same steps, and so does the run that is extended."""
     flags = ["--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, "--save-every", 20, "--eval-every", 20, *SMALL]
@@ -340,7 +377,7 @@ def test_stopped_run_saves_at_the_end_of_the_episode(run, name, tmp_path, number
 
 def test_second_signal_stops_at_once(tmp_path):
     """Within an episode of 10 000 steps, which no environment with that name ends."""
-    flags = ["--env-id", "tiny_envs:Endless-v0", "--total-timesteps", 100_000, "--learning-starts", 100_000, *SMALL]
+    flags = ["--env-id", "tiny_envs:Endless-v0", "--total-timesteps", 200_000, "--learning-starts", 100_000, *SMALL]
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     process = subprocess.Popen(
         command("sac_flow_g", *flags), cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
@@ -396,8 +433,8 @@ def test_capture_video(run, tmp_path):
     folder = the_run(tmp_path)
     videos = list((folder / "videos").glob("*.mp4"))
     assert videos and all(path.stat().st_size > 1000 for path in videos)
-    assert run("--evaluate", folder, "--capture-video").returncode == 0
-    assert len(list((folder / "videos").glob("evaluation*.mp4"))) == 10
+    assert run("--evaluate", folder, "--capture-video", "--eval-episodes", 3).returncode == 0
+    assert len(list((folder / "videos").glob("evaluation*.mp4"))) == 2  # the first of each kind
 
 
 # --- bad input ---
@@ -422,7 +459,11 @@ def assert_refused(done, *words):
         ("--env-id tiny_envs:DiscreteAction-v0", "actions must be a Box"),
         ("--env-id tiny_envs:UnboundedAction-v0", "finite bounds"),
         ("--flow-steps 0", "--flow-steps must be 1 or more, not 0"),
-        ("--batch-size 512 --buffer-size 100", "--batch-size must be from 1 to --buffer-size 100, not 512"),
+        ("--batch-size 512 --buffer-size 100", "--batch-size must be from 2 to --buffer-size 100, not 512"),
+        ("--batch-size 1", "--batch-size must be from 2"),
+        ("--no-crossq --batch-size 0", "--batch-size must be from 1"),
+        ("--total-timesteps 2000", "--total-timesteps must be above --learning-starts 5000, where learning begins"),
+        ("--critic-lr inf", "--critic-lr must be above 0 and finite, not inf"),
         ("--max-episode-steps 0", "--max-episode-steps"),
         ("--critic-dim 0", "--critic-dim"),
         ("--sigma-dim -3", "--sigma-dim"),
@@ -462,6 +503,48 @@ def test_bad_flags(script, tmp_path, monkeypatch, capsys, flags, words):
     assert not any(tmp_path.iterdir())  # nothing was created
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--run-name"])
+def test_an_empty_name_is_an_error(script, tmp_path, monkeypatch, capsys, flag):
+    """What an unset shell variable leaves; it used to start a run of a million steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["script", flag, ""])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    assert error.value.code == 2 and f"{flag} is empty" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_numbers_as_people_write_them(script, monkeypatch):
+    monkeypatch.setattr("sys.argv", "script --total-timesteps 1e6 --buffer-size 2.5e5 --alpha 1e-3 --env-id e3".split())
+    args, _ = script.parse_args()
+    assert (args.total_timesteps, args.buffer_size, args.alpha, args.env_id) == (1_000_000, 250_000, 1e-3, "e3")
+
+
+def test_run_name(run, tmp_path):
+    """Names the folder; one that is there is not written to."""
+    assert run(*PENDULUM, "--total-timesteps", 120, "--run-name", "a/b").returncode == 0
+    before = (tmp_path / "runs/a/b/returns.csv").read_bytes()
+    assert_refused(run(*PENDULUM, "--run-name", "a/b"), "runs/a/b exists", "--resume runs/a/b")
+    assert (tmp_path / "runs/a/b/returns.csv").read_bytes() == before
+    assert run("--resume", "runs/a/b", "--total-timesteps", 130).returncode == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+
+
+def test_a_run_that_is_training_is_not_resumed(run, name, tmp_path):
+    flags = [*PENDULUM, "--total-timesteps", 100_000, "--save-every", 1, "--run-name", "x"]
+    process = subprocess.Popen(
+        command(name, *flags), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "runs/x/checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert_refused(run("--resume", "runs/x"), "runs/x is in use by process", str(process.pid))
+    process.kill()
+    process.wait()
+    step = checkpoint(tmp_path / "runs/x")["step"]
+    assert run("--resume", "runs/x", "--total-timesteps", max(step, 100) + 20).returncode == 0
+
+
 def test_unknown_flag(run, tmp_path):
     done = run("--no-such-flag")
     assert done.returncode == 2 and not any(tmp_path.iterdir())
@@ -493,6 +576,22 @@ def test_bad_checkpoints(run, name, tmp_path):
 
     path = folder / "checkpoint.pt"
     whole = path.read_bytes()
+    altered = torch.load(io.BytesIO(whole))
+    altered["args"]["env_id"] = "Hopper-v4"
+    torch.save(altered, path)
+    assert_refused(run("--resume", folder, "--total-timesteps", 200), "not for Hopper-v4 as it is now, or was altered")
+    altered = torch.load(io.BytesIO(whole))
+    altered["random"] = None
+    torch.save(altered, path)
+    assert_refused(run("--resume", folder, "--total-timesteps", 200), "was altered")
+    policy = torch.load(folder / "policy.pt")
+    policy["args"]["env_id"] = "Hopper-v4"
+    torch.save(policy, folder / "other.pt")
+    assert_refused(run("--evaluate", folder / "other.pt"), "other observations or actions than Hopper-v4")
+    del policy["actor"]["scale"]
+    torch.save(policy, folder / "other.pt")
+    assert_refused(run("--evaluate", folder / "other.pt"), "was altered")
+    path.write_bytes(whole)
     with zipfile.ZipFile(path) as archive:  # between its records there is padding, where a bit does not matter
         largest = archive.read(max(archive.infolist(), key=lambda record: record.file_size))
     flipped = bytearray(whole)
@@ -526,6 +625,49 @@ def test_nan_from_the_environment_stops_the_run_and_keeps_the_checkpoint(run, tm
     flags = ["--env-id", f"tiny_envs:{env}-v0", "--total-timesteps", 100, "--learning-starts", 20, *SMALL]
     assert_refused(run(*flags, "--save-every", 40), f"step {step}", bad, "checkpoint of step 43")
     assert checkpoint(the_run(tmp_path))["step"] == 43
+
+
+@pytest.mark.parametrize(
+    "failure, words",
+    [
+        ("RuntimeError", "RuntimeError: the arm fell off;"),
+        ("AssertionError", "AssertionError: the arm fell off;"),
+        ("OSError", "OSError: the arm fell off;"),
+        ("SystemExit", "SystemExit: 0;"),
+        ("none", "TypeError: "),
+        ("values", "ValueError: not enough values to unpack"),
+        ("shape", "Error: "),
+        ("start", "RuntimeError: the arm fell off;"),
+    ],
+)
+def test_what_the_environment_raises_is_one_line(main, tmp_path, capsys, failure, words):
+    """With what is kept and how to go on; its author finds the traceback in a file."""
+    flags = ["--env-id", f"tiny_envs:Failing-{failure}-v0", "--total-timesteps", 100, "--learning-starts", 20, *SMALL]
+    with pytest.raises(SystemExit) as error:
+        main(importlib.import_module("sac_flow_g"), *flags, "--save-every", 40)
+    lines = capsys.readouterr().err.splitlines()
+    folder = the_run(tmp_path / "0")
+    assert error.value.code == 2 and len(lines) == 1
+    assert f"of tiny_envs:Failing-{failure}-v0: " in lines[0] and words in lines[0]
+    assert "the checkpoint of step 43 is kept: --resume" in lines[0] and "error.txt" in lines[0]
+    assert "tiny_envs.py" in (folder / "error.txt").read_text() or failure in ("none", "values", "shape")
+    assert checkpoint(folder)["step"] == 43
+
+
+def test_interrupted_evaluation_says_so(tmp_path, start):
+    """No traceback; a run has a way of its own, above."""
+    flags = ["--env-id", "tiny_envs:Endless-v0", "--max-episode-steps", 10, "--learning-starts", 20, *SMALL]
+    assert start(*flags, "--total-timesteps", 30, "--eval-every", 0, name="sac_flow_g").returncode == 0
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    flags = command("sac_flow_g", "--evaluate", the_run(tmp_path), "--eval-episodes", 100_000)
+    process = subprocess.Popen(
+        flags, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "at step 30, 100000 episodes" in process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr == "stopped\n"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

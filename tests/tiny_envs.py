@@ -1,9 +1,11 @@
 """Small environments that the tests register: `--env-id tiny_envs:<name>`."""
 
+import builtins
 import time
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 
 
 class Scripted(gym.Env):
@@ -52,6 +54,28 @@ class Home(gym.Env):
         return np.array([self.x]), reward, False, self.t == 10, {}
 
 
+class Failing(Scripted):
+    """`Scripted` that fails at step 60 of its life as careless environments do."""
+
+    def reset(self, *, seed=None, options=None):
+        if self.bad == "start" and self.steps > 60:
+            raise RuntimeError("the arm fell off\nand much more")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.steps == 60:
+            if self.bad in ("RuntimeError", "OSError", "AssertionError"):
+                raise vars(builtins)[self.bad]("the arm fell off\nand much more")
+            if self.bad == "SystemExit":
+                raise SystemExit(0)
+            if self.bad == "values":
+                return obs, reward, terminated, info
+            reward = None if self.bad == "none" else reward
+            obs = obs[:2] if self.bad == "shape" else obs
+        return obs, reward, terminated, truncated, info
+
+
 class Endless(Home):
     """`Home` without an end, every step a hundredth of a second."""
 
@@ -81,7 +105,10 @@ gym.register("BadReward-v0", Scripted, kwargs={"bad": "reward", "bad_step": 60})
 gym.register("BadObservation-v0", Scripted, kwargs={"bad": "observation", "bad_step": 60})
 gym.register("BadReset-v0", Scripted, kwargs={"bad": "reset", "bad_step": 60})
 gym.register("InfiniteReward-v0", Scripted, kwargs={"bad": "infinite", "bad_step": 60})
+for bad in ("RuntimeError", "OSError", "AssertionError", "SystemExit", "values", "none", "shape", "start"):
+    gym.register(f"Failing-{bad}-v0", Failing, kwargs={"bad": bad})
 gym.register("Home-v0", Home)
+gym.register("Normalized-v0", lambda: NormalizeReward(NormalizeObservation(Home())), max_episode_steps=9)
 gym.register("Dice-v0", Dice)
 gym.register("Endless-v0", Endless)
 gym.register("Broken-v0", lambda: 1 / 0)
