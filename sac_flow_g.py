@@ -32,6 +32,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -767,6 +768,12 @@ class Progress:
     """the CSV files, written anew when a run is resumed"""
 
 
+def thread_failed(failure) -> None:
+    """For threading.excepthook: TensorBoard raises again, at the next write, what stopped its thread."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
 class Run:
     """A run's folder and what is written there; its progress bar; and Ctrl-C.
 
@@ -805,6 +812,7 @@ class Run:
         print(f"run: {self.folder}", flush=True)
 
     def __enter__(self):
+        threading.excepthook = thread_failed
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         done = self.progress.step
         form = "{l_bar}{bar}| {n}/{total} [{elapsed}{postfix}]"
@@ -968,9 +976,11 @@ def write(path: Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save may wrap the former in the latter
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({error})") from error
+        # torch.save may fail once more while it closes the file of a full disk.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"could not write {path} ({reason})") from error
 
 
 def load(path: Path, key: str) -> dict:

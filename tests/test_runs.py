@@ -701,7 +701,14 @@ def test_full_disk_while_saving(run, tmp_path):
     assert not (folder / "checkpoint.pt.tmp").exists()
     step = checkpoint(folder)["step"]
     assert f"the checkpoint of step {step} is kept" in done.stderr
-    assert run("--resume", folder, "--total-timesteps", step + 10).returncode == 0
+    assert run("--resume", folder, "--total-timesteps", 3910).returncode == 0
+
+
+def test_full_disk_while_logging(run, tmp_path):
+    """TensorBoard's thread is the one that hits it, and prints nothing of its own."""
+    flags = [*PENDULUM, "--total-timesteps", 4000, "--learning-starts", 3900]
+    done = run(*flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
+    assert_refused(done, "OSError", "too large", "no checkpoint yet")
 
 
 # --- learning ---
