@@ -1437,15 +1437,18 @@ def minari_dataset(args: Args):
     """The Minari data set, downloaded if need be and possible."""
     import minari
 
+    if not re.search(r"-v\d+$", args.env_id) or "-play-" in args.env_id:
+        examples = "cube-double-play-singletask-task2-v0 of OGBench, mujoco/hopper/medium-v0 of Minari"
+        fail(f"--env-id {args.env_id}: no such task; there are {', '.join(ROBOSUITE)}, {examples} and the like")
     if args.dataset:
         os.environ["MINARI_DATASETS_PATH"] = str(Path(args.dataset).expanduser())
     try:
         return minari.load_dataset(args.env_id, download=True)  # if it is not there
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         where = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
         make = f"python benchmark/demonstrations/collect.py --env-id {args.env_id} --policy runs/<name>"
-        fail(f"--env-id {args.env_id}: no such task, nor Minari data set in {where} ({reason}); make one: {make}")
+        what = f"no such task, nor Minari data set in {where} ({first_line(error)})"
+        fail(f"--env-id {args.env_id}: {what}; make one: {make}")
 
 
 def joined(episodes: list[dict]) -> dict:
@@ -1518,8 +1521,8 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     except KeyError as error:
         fail(f"{path} lacks what a data set for --env-id {args.env_id} has ({error.args[0]}): name another --dataset")
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        fail(f"{path} is truncated, corrupted or of another format ({reason}): fetch it again, or another --dataset")
+        what = f"is truncated, corrupted or of another format ({first_line(error)})"
+        fail(f"{path} {what}: fetch it again, or another --dataset")
     if not data or not data["last"].any():
         fail(f"{path} has no complete episode: name another --dataset")
     if len({len(values) for values in data.values()}) > 1:

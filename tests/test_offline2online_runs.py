@@ -481,6 +481,11 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse(["--env-id", CUBE, "--dataset", tmp_path], "no .npz file")
     refuse(["--env-id", CUBE, "--collect", 0], ".ogbench", "--collect 100")
     refuse(["--env-id", "tests/missing-v0", "--dataset", pendulum], "tests/missing-v0", "collect.py", "--policy")
+    refuse(["--env-id", "nonsense"], "--env-id nonsense: no such task; there are lift, can, square")
+    refuse(["--env-id", "cube-single-play-v0"], "no such task", "singletask")
+    for flag in ("--resume", "--evaluate", "--run-name"):
+        refuse([flag, ""], f"{flag} is empty")
+    refuse([*data, "--critic-lr", "inf"], "--critic-lr must be above 0 and finite")
     refuse([*data, "--chunk", 10_000], "--chunk 10000", "at most")
     refuse([*data, "--buffer-size", 30, "--batch-size", 8], "--buffer-size 30")
     refuse([*data, "--no-learn-sigma"], "--autotune", "--learn-sigma")
