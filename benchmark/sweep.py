@@ -273,7 +273,7 @@ def progress(run: Run) -> dict:
 
 
 def sweep_end(runs: list[Run], all_progress: list[dict], slots: int, now: float) -> Optional[float]:
-    """Time at which the last run ends if `slots` run side by side, and those without a speed of their own have the mean.
+    """When the last run ends if `slots` run side by side and those without a speed of their own take the mean.
 
     None if nothing runs, or no speed is known.
     """
