@@ -16,6 +16,7 @@ import heapq
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -138,7 +139,8 @@ def make_runs(args: Args, common: list[str]) -> list[Run]:
         own = [*common, *(f"--{token}" for token in flags.split())]
         arguments = ["--env-id", env_id, "--seed", str(seed), *own]
         try:
-            parsed = tyro.cli(module.Args, args=arguments, console_outputs=False)
+            with contextlib.redirect_stderr(None):  # else several lines of tyro's
+                parsed = tyro.cli(module.Args, args=arguments)
         except SystemExit:
             fail(f"{script} does not take {shlex.join(own)}: see its --help, and for --flags that of the sweep")
         if env_id not in known and script != "sac_flow_offline2online":  # which says so when it has its data
@@ -221,20 +223,21 @@ def train(run: Run, environ: dict[str, str]) -> tuple[str, str]:
             return "finished", ""
         command = command_of(run)
         print("$", shlex.join(command), file=log, flush=True)
-        # It dies with this worker (on Linux; elsewhere the retry waits for its end), and Ctrl-C reaches it from here.
+        # It dies with this worker on Linux; elsewhere the retry waits for its end.
         die_with_parent = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL) if sys.platform == "linux" else None
         process = subprocess.Popen(
             command, cwd=run.folder.parents[2], env={**os.environ, **environ}, stdin=subprocess.DEVNULL,
             stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip
         stopped = False
-        while process.poll() is None:
+        code = None
+        while code is None:
             try:
                 time.sleep(0.2)
+                code = process.poll()
             except KeyboardInterrupt:
                 stopped = True
-                process.send_signal(signal.SIGINT)
-    code = process.returncode
+                process.terminate()  # to a script the same as Ctrl-C, which Ray's workers block
     if code == 0:
         return "finished", ""
     if stopped:
@@ -257,9 +260,9 @@ def progress(run: Run) -> dict:
         path = run.folder / name
         if path.exists():
             head, *rows = path.read_text().rpartition("\n")[0].splitlines() or [""]  # without a half-written line
-            rows = list(csv.DictReader([head, *rows[-RECENT:]]))
+            rows = list(csv.DictReader([head, *rows[-RECENT - 1 :]]))
             points += [(int(row["step"]), float(row["seconds"])) for row in rows]
-            returns = returns or [float(row["return"]) for row in rows]
+            returns = returns or [float(row["return"]) for row in rows[-RECENT:]]
             written = max(written, path.stat().st_mtime)
     points = sorted(points)[-RECENT - 1 :]
     (first, begin), (step, end) = points[0], points[-1]
@@ -315,23 +318,24 @@ def table(runs: list[Run], slots: int) -> list[str]:
 
 
 class Screen:
-    """Standard output: a table that is redrawn in a terminal, else a line a minute."""
+    """Standard output: a table that is redrawn in a terminal, else a line a minute, and the whole table at the end."""
 
     def __init__(self):
         self.live = sys.stdout.isatty()
         self.drawn = 0  # lines
         self.shown = 0.0  # when
 
-    def show(self, lines: list[str], last: bool = False) -> None:
-        """Show a table if it is due; the last one is whole."""
-        if not last and time.time() - self.shown < (2 if self.live else 60):
+    def show(self, runs: list[Run], slots: int) -> None:
+        """Show a table, if it is due."""
+        if time.time() - self.shown < (2 if self.live else 60):
             return
-        self.shown = time.time()
+        *lines, last = table(runs, slots)
         columns, rows = shutil.get_terminal_size()
-        if self.live and not last:
-            lines = [line[: columns - 1] for line in [*lines[:-1][: rows - 3], lines[-1]]]
-        elif not last:
-            lines = lines[-1:]
+        self.print([line[: columns - 1] for line in [*(lines[: rows - 2] if self.live else []), last]])
+
+    def print(self, lines: list[str]) -> None:
+        """Print lines over those that were drawn before."""
+        self.shown = time.time()
         print((f"\033[{self.drawn}F\033[J" if self.drawn else "") + "\n".join(lines), flush=True)
         self.drawn = len(lines) if self.live else 0
 
@@ -341,8 +345,7 @@ class Screen:
 
 def start_ray(args: Args):
     """Ray, connected, and how many runs fit side by side; stops the program if not even one does."""
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    os.environ.update(quiet)
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})  # it is quiet then
     try:
         import ray
     except ImportError:
@@ -355,18 +358,59 @@ def start_ray(args: Args):
         ray.init(args.address, log_to_driver=False, logging_level="error", **own)
     except (ConnectionError, ValueError) as error:
         fail(f"--address {args.address}: {str(error).splitlines()[0]}; see benchmark/README.md, Sweeps")
-    slots = 0
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for resources in nodes:
-        fit = resources.get("CPU", 0) // args.cores_per_run
-        if args.gpus_per_run:
-            fit = min(fit, resources.get("GPU", 0) / args.gpus_per_run + 1e-6)
-        slots += int(fit)
+    cores = [node.get("CPU", 0) for node in nodes]
+    gpus = [node.get("GPU", 0) for node in nodes]
+    slots = 0
+    for n, g in zip(cores, gpus, strict=True):
+        by_gpu = (g + 1e-6) / args.gpus_per_run if args.gpus_per_run else math.inf
+        slots += int(min(n // args.cores_per_run, by_gpu))
     if not slots:
-        most = {kind: max(resources.get(kind, 0) for resources in nodes) for kind in ("CPU", "GPU")}
-        has = f"{most['CPU']:.0f} cores and {most['GPU']:.0f} GPUs"
-        fail(f"--cores-per-run {args.cores_per_run} --gpus-per-run {args.gpus_per_run}: a machine here has {has}")
+        has = f"no machine has more than {max(cores):.0f} cores and {max(gpus):.0f} GPUs"
+        fail(f"--cores-per-run {args.cores_per_run} --gpus-per-run {args.gpus_per_run:g}: {has} here")
     return ray, slots
+
+
+def run_all(args: Args, runs: list[Run], screen: Screen) -> int:
+    """Run those that wait, until they have ended or are stopped. Returns the number of the signal that stopped them."""
+    ray, slots = start_ray(args)
+    environ = {name: str(args.cores_per_run) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
+    environ["TQDM_DISABLE"] = "1"  # the table is the progress bar
+    if not args.gpus_per_run:
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+    task = ray.remote(train).options(
+        num_cpus=args.cores_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries, retry_exceptions=[Died]
+    )
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    began = time.time()
+    pending = {task.remote(run, environ): run for run in runs if run.state == "waiting"}
+    heard = 0  # signals
+    while pending and heard < 2:
+        if len(signals) > heard:
+            heard = min(len(signals), 2)
+            print("\nstopping at the end of each episode; the same again stops at once", file=sys.stderr)
+            screen.drawn = 0
+            for task_id in pending:
+                ray.cancel(task_id, force=heard == 2)
+        ended, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.5)
+        for task_id in ended:
+            run = pending.pop(task_id)
+            try:
+                run.state, run.note = ray.get(task_id)
+            except ray.exceptions.TaskCancelledError:
+                run.state = "stopped"
+            except ray.exceptions.RayError as error:
+                run.state, run.note = "failed", f"died {args.retries + 1} times; {str(error).splitlines()[-1]}"
+        for run in pending.values():
+            log = log_of(run)
+            run.state = "running" if log.exists() and log.stat().st_mtime >= began else "waiting"
+        screen.show(runs, slots)
+    for run in pending.values():
+        run.state = "stopped"
+    ray.shutdown()
+    return signals[0] if signals else 0
 
 
 def main() -> None:
@@ -374,63 +418,21 @@ def main() -> None:
     args, common = parse_args()
     runs = make_runs(args, common)
     for run in runs:
-        step = saved_step(run.folder)
-        run.state = "finished" if step is not None and step >= run.total else "waiting"
-    todo = [run for run in runs if run.state == "waiting"]
+        run.state = "finished" if (saved_step(run.folder) or 0) >= run.total else "waiting"
+    waiting = [run for run in runs if run.state == "waiting"]
     if args.dry_run:
-        for run in todo:
-            print(shlex.join(command_of(run)))
+        print("\n".join(shlex.join(command_of(run)) for run in waiting))
         return
-    file = describe(args, common)
-    ray, slots = start_ray(args) if todo else (None, 0)
     screen = Screen()
-    signals = []
-
-    if todo:
-        environ = {"OMP_NUM_THREADS": args.cores_per_run, "TORCHINDUCTOR_COMPILE_THREADS": args.cores_per_run}
-        environ = {name: str(value) for name, value in environ.items()} | {"TQDM_DISABLE": "1"}
-        if not args.gpus_per_run:
-            environ["CUDA_VISIBLE_DEVICES"] = ""
-        task = ray.remote(train).options(
-            num_cpus=args.cores_per_run, num_gpus=args.gpus_per_run,
-            max_retries=args.retries, retry_exceptions=[Died],
-        )  # fmt: skip
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: signals.append(number))
-        began = time.time()
-        pending = {task.remote(run, environ): run for run in todo}
-        asked = 0
-        while pending and asked < 2:
-            if len(signals) > asked:
-                asked = min(len(signals), 2)
-                print("stopping at the end of each episode; the same again stops at once", file=sys.stderr)
-                screen.drawn = 0
-                for reference in pending:
-                    ray.cancel(reference, force=asked == 2)
-            done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.5)
-            for reference in done:
-                run = pending.pop(reference)
-                try:
-                    run.state, run.note = ray.get(reference)
-                except ray.exceptions.TaskCancelledError:
-                    run.state = "stopped"
-                except ray.exceptions.RayError as error:
-                    run.state, run.note = "failed", f"died {args.retries + 1} times; {str(error).splitlines()[-1]}"
-            for run in pending.values():
-                if log_of(run).exists() and log_of(run).stat().st_mtime >= began:
-                    run.state = "running"
-            screen.show(table(runs, slots))
-        ray.shutdown()
-
-    screen.show(table(runs, slots), last=True)
-    file.close()
+    with describe(args, common):
+        stopped = run_all(args, runs, screen) if waiting else 0
+    screen.print(table(runs, slots=1))
     failed = [run for run in runs if run.state == "failed"]
     for run in failed:
         print(f"{run.folder.name} failed: {run.note} ({log_of(run)})", file=sys.stderr)
-    if signals:
+    if stopped:
         print(f"stopped; go on with the same command, or: python {sys.argv[0]} --file runs/{args.name}/sweep.json")
-        raise SystemExit(128 + signals[0])
-    raise SystemExit(1 if failed else 0)
+    raise SystemExit(128 + stopped if stopped else 1 if failed else 0)
 
 
 if __name__ == "__main__":

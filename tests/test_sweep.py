@@ -185,7 +185,20 @@ def test_no_second_writer_and_a_fresh_start_without_a_checkpoint(tmp_path):
 
 
 def test_dry_run(main, tmp_path, capsys):
-    flags = ["--name", "dry", "--scripts", "sac_gaussian", "--env-ids", ENV, "--seeds", 1, 2, "--flags", "", "gamma=0.9"]
+    flags = [
+        "--name",
+        "dry",
+        "--scripts",
+        "sac_gaussian",
+        "--env-ids",
+        ENV,
+        "--seeds",
+        1,
+        2,
+        "--flags",
+        "",
+        "gamma=0.9",
+    ]
     assert not main(*flags, "--total-timesteps", 70, "--dry-run")
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [line[1:] for line in lines] == [
