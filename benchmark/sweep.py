@@ -153,26 +153,29 @@ def make_runs(args: Args, common: list[str]) -> list[Run]:
     return runs
 
 
-def describe(args: Args, common: list[str]):
-    """Write sweep.json, or check that it says the same. Returns the open file, locked against a second sweep there."""
-    names = ("name", "scripts", "env_ids", "seeds", "flags")
-    described = {name: asdict(args)[name] for name in names} | {"every_run": shlex.join(common)}
-    text = json.dumps(described, indent=2) + "\n"
-    path = Path("runs", args.name, "sweep.json")
+def describe(args: Args, common: list[str]) -> str:
+    """The text of sweep.json."""
+    kept = {name: asdict(args)[name] for name in ("name", "scripts", "env_ids", "seeds", "flags")}
+    return json.dumps(kept | {"every_run": shlex.join(common)}, indent=2) + "\n"
+
+
+def open_description(name: str, text: str):
+    """The sweep's sweep.json, open and locked against a second sweep there; empty, if this one is new.
+
+    Stops the program if it says something else than `text`.
+    """
+    path = Path("runs", name, "sweep.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"--name {args.name}: this sweep is running; wait for its end, or choose another name")
+        fail(f"--name {name}: this sweep is running; wait for its end, or choose another name")
     except OSError as error:
-        fail(f"--name {args.name}: cannot write to {path.parent} ({error})")
+        fail(f"--name {name}: cannot write to {path.parent} ({error})")
     file.seek(0)
-    if (old := file.read()) and old != text:
-        fail(f"--name {args.name}: {path} describes another sweep; choose another name, or go on with --file {path}")
-    if not old:
-        file.write(text)
-        file.flush()
+    if file.read() not in ("", text):
+        fail(f"--name {name}: {path} describes another sweep; choose another name, or go on with --file {path}")
     return file
 
 
@@ -357,7 +360,7 @@ def start_ray(args: Args):
     try:
         ray.init(args.address, log_to_driver=False, logging_level="error", **own)
     except (ConnectionError, ValueError) as error:
-        fail(f"--address {args.address}: {str(error).splitlines()[0]}; see benchmark/README.md, Sweeps")
+        fail(f"--address {args.address}: {str(error).splitlines()[0]} (benchmark/README.md, Sweeps)")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [node.get("CPU", 0) for node in nodes]
     gpus = [node.get("GPU", 0) for node in nodes]
@@ -371,9 +374,8 @@ def start_ray(args: Args):
     return ray, slots
 
 
-def run_all(args: Args, runs: list[Run], screen: Screen) -> int:
+def run_all(args: Args, runs: list[Run], screen: Screen, ray, slots: int) -> int:
     """Run those that wait, until they have ended or are stopped. Returns the number of the signal that stopped them."""
-    ray, slots = start_ray(args)
     environ = {name: str(args.cores_per_run) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
     environ["TQDM_DISABLE"] = "1"  # the table is the progress bar
     if not args.gpus_per_run:
@@ -424,8 +426,15 @@ def main() -> None:
         print("\n".join(shlex.join(command_of(run)) for run in waiting))
         return
     screen = Screen()
-    with describe(args, common):
-        stopped = run_all(args, runs, screen) if waiting else 0
+    stopped = 0
+    text = describe(args, common)
+    with open_description(args.name, text) as file:
+        if waiting:
+            ray, slots = start_ray(args)
+            if not file.tell():
+                file.write(text)
+                file.flush()
+            stopped = run_all(args, runs, screen, ray, slots)
     screen.print(table(runs, slots=1))
     failed = [run for run in runs if run.state == "failed"]
     for run in failed:
