@@ -1195,6 +1195,17 @@ def seed_random(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def generator_of(env: gym.Env) -> np.random.BitGenerator:
+    """An environment's source of random numbers; that of dm_control's tasks is a RandomState."""
+    generator = env.unwrapped.np_random
+    return generator.bit_generator if hasattr(generator, "bit_generator") else generator._bit_generator
+
+
+def in_plain_types(state):
+    """A generator's state without numpy arrays, which torch.load(weights_only=True) does not accept."""
+    return json.loads(json.dumps(state, default=np.ndarray.tolist))
+
+
 def random_states(device: torch.device, env: gym.Env) -> dict:
     """States of all random generators, in types that torch.load(weights_only=True) accepts."""
     name, key, *rest = np.random.get_state()
@@ -1203,7 +1214,7 @@ def random_states(device: torch.device, env: gym.Env) -> dict:
         "numpy": [name, key.tolist(), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "env": env.unwrapped.np_random.bit_generator.state,
+        "env": in_plain_types(generator_of(env).state),
     }
 
 
@@ -1213,7 +1224,7 @@ def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
     name, key, *rest = states["numpy"]
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    env.unwrapped.np_random.bit_generator.state = states["env"]
+    generator_of(env).state = states["env"]
     if (states["cuda"] is not None) != (device.type == "cuda"):
         print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
     elif device.type == "cuda":
