@@ -380,6 +380,17 @@ def test_gaussian_density_is_that_of_torch_distributions():
     torch.testing.assert_close(mode, torch.tanh(mean) * actor.scale + actor.bias)
 
 
+@pytest.mark.parametrize("k", [1, 4, 16])
+@pytest.mark.parametrize("score_step", SCORE_STEPS)
+def test_default_target_entropy_is_that_of_one_sigma_whatever_k_is(script, k, score_step):
+    """sigma 0.46 meets it, but for what the squash takes away."""
+    actor = hold_sigma(script.Actor(5, LOW, HIGH, flow_steps=k, score_step=score_step), 0.46)
+    noise = actor.noise(4000)
+    _, log_prob, path = actor.rollout(torch.randn(4000, 5), noise)
+    squash = 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1])).sum(1)
+    assert (-log_prob - squash).mean().item() == pytest.approx(actor.target_entropy, abs=0.25)
+
+
 # --- the actor, copied ---
 
 
