@@ -1094,7 +1094,7 @@ class Run:
         """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
         self.mean_losses()
         for network in ("actor", "critics"):
-            self.check_finite(**{f"{network}.{name}": value.cpu() for name, value in state[network].items()})
+            self.check_finite(**{f"{network}.{name}": value.cpu().numpy() for name, value in state[network].items()})
         self.progress.seconds = self.seconds()
         own = {"script": SCRIPT, "args": asdict(self.args), "progress": asdict(self.progress)}
         self.save_policy("policy.pt", policy, env)
