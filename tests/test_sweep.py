@@ -168,7 +168,7 @@ def test_no_second_writer_and_a_fresh_start_without_a_checkpoint(tmp_path):
     folder = tmp_path / "runs" / "some" / "run"
     folder.mkdir(parents=True)
     (folder / "old").write_text("")
-    run = sweep.Run(command("sac_flow_g", "--env-id", ENV, *FLAGS, "--total-timesteps", 30)[1:], folder, 30)
+    run = sweep.Run(command("sac_flow_g", "--env-id", ENV, *FLAGS, "--total-timesteps", 130)[1:], folder, 130)
     holder = subprocess.Popen(["flock", sweep.log_of(run), "sleep", "100"], start_new_session=True)
     wait_for(lambda: sweep.log_of(run).exists(), holder)
     time.sleep(0.3)

@@ -826,7 +826,7 @@ class Run:
         self.lock.close()
         with contextlib.suppress(OSError):  # a full disk has its message below; what was saved is on it
             self.writer.close()
-        if error and not isinstance(error, Failure):
+        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, Failure):
             where = "the disk may be full"
             with contextlib.suppress(OSError):
                 (self.folder / "error.txt").write_text("".join(format_exception(error)))
