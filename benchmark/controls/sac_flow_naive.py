@@ -1049,16 +1049,15 @@ def generator_of(env: gym.Env) -> np.random.BitGenerator:
 
 
 def in_plain_types(state):
-    """A generator's state without numpy arrays, which torch.load(weights_only=True) does not accept."""
+    """A state without numpy's types, which torch.load(weights_only=True) does not accept."""
     return json.loads(json.dumps(state, default=np.ndarray.tolist))
 
 
 def random_states(device: torch.device, env: gym.Env) -> dict:
     """States of all random generators, in types that torch.load(weights_only=True) accepts."""
-    name, key, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": [name, key.tolist(), *rest],
+        "numpy": in_plain_types(np.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "env": in_plain_types(generator_of(env).state),
@@ -1069,8 +1068,7 @@ def random_states(device: torch.device, env: gym.Env) -> dict:
 def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
     """Undo `random_states`, with a note if the run was saved on another kind of device."""
     random.setstate(states["python"])
-    name, key, *rest = states["numpy"]
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     generator_of(env).state = states["env"]
     env.action_space.np_random.bit_generator.state = states["action_space"]
@@ -1098,24 +1096,18 @@ def normalizers(env: gym.Env):
         env = env.env
 
 
-def running_statistics(env: gym.Env) -> list[dict]:
+def running_statistics(env: gym.Env) -> list:
     """What the `normalizers` of an environment have seen, in types that torch.load(weights_only=True) accepts."""
-    states = []
-    for wrapper, seen in normalizers(env):
-        discounted = float(np.sum(getattr(wrapper, "discounted_reward", 0)))  # of NormalizeReward
-        mean = torch.as_tensor(seen.mean).clone()
-        var = torch.as_tensor(seen.var).clone()
-        states.append({"mean": mean, "var": var, "count": float(seen.count), "discounted": discounted})
-    return states
+    states = [[vars(seen), getattr(wrapper, "discounted_reward", 0.0)] for wrapper, seen in normalizers(env)]
+    return in_plain_types(states)
 
 
-def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
+def set_running_statistics(env: gym.Env, states: list, frozen: bool = False) -> None:
     """Undo `running_statistics`, also in another environment of the same id; `frozen`: they do not move from there."""
-    for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
-        seen.mean = state["mean"].numpy().copy()
-        seen.var = state["var"].numpy().copy()
-        seen.count = state["count"]
-        wrapper.discounted_reward = np.array([state["discounted"]])
+    for (wrapper, seen), (state, discounted_reward) in zip(normalizers(env), states, strict=True):
+        for name, value in state.items():  # mean, var and count
+            setattr(seen, name, np.asarray(value, dtype=getattr(seen.mean, "dtype", float)))
+        wrapper.discounted_reward = np.array(discounted_reward)  # of NormalizeReward
         wrapper.update_running_mean = not frozen
 
 
