@@ -546,9 +546,41 @@ def test_a_run_that_is_training_is_not_resumed(run, name, tmp_path):
     assert run("--resume", "runs/x", "--total-timesteps", max(step, 100) + 20).returncode == 0
 
 
-def test_unknown_flag(run, tmp_path):
-    done = run("--no-such-flag")
-    assert done.returncode == 2 and not any(tmp_path.iterdir())
+@pytest.mark.parametrize("terminal", [False, True])  # there tyro writes colours
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--btach-size 3", ("--btach-size", "Perhaps you meant: --batch-size")),
+        ("--seed abc", ("--seed", "'abc'")),
+        ("--seed", ("--seed", "Missing value")),
+        ("--score-step eulr", ("--score-step", "'eulr'", "'euler'")),
+        ("Hopper-v4", ("Unrecognized options: Hopper-v4",)),
+        ("--track maybe", ("maybe",)),
+    ],
+)
+def test_flags_that_cannot_be_read(script, tmp_path, monkeypatch, capsys, flags, words, terminal):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.setattr("sys.argv", ["script", *flags.split()])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    stdout, stderr = capsys.readouterr()
+    assert error.value.code == 2 and not stdout and not any(tmp_path.iterdir())
+    assert stderr.startswith("script: error: ") and len(stderr.splitlines()) == 1 and stderr[:-1].isprintable(), stderr
+    assert all(word in stderr for word in words), stderr
+
+
+def test_help(script, monkeypatch, capsys):
+    """What it is and a command to start with, in lines no longer than the source's; then the flags."""
+    monkeypatch.setattr("sys.argv", ["script", "--help"])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    stdout = capsys.readouterr().out
+    assert not error.value.code and max(map(len, stdout.splitlines())) <= 120
+    title, *rest = script.__doc__.splitlines()
+    (command,) = (line for line in rest if line.startswith("    python "))
+    assert f"\n{title}\n{command}\n" in stdout and "--run-name STR" in stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

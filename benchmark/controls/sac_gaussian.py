@@ -24,6 +24,7 @@ Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-vi
 import contextlib
 import copy
 import csv
+import io
 import json
 import math
 import os
@@ -533,7 +534,7 @@ class Failure(SystemExit):
 
 def fail(message: str) -> NoReturn:
     """Stop with one line on standard error and exit code 2."""
-    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
+    tqdm.write(f"{Path(sys.argv[0]).stem}: error: {message}", file=sys.stderr)  # above the progress bar, if any
     raise Failure(2)
 
 
@@ -564,10 +565,25 @@ def in_digits(word: str) -> str:
     return word
 
 
+def read_flags(kind: type, description: str, **options):
+    """tyro.cli with the first line and the commands of a docstring; what it puts into a box becomes one line."""
+    box = io.StringIO()
+    shown = "\n".join(re.findall(r"\A.*|^    .*", description, re.M))
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, description=shown, config=[tyro.conf.DisallowNone], **options)
+    except SystemExit as error:
+        if error.code == 0:  # --help
+            raise
+        text = re.sub(r"\x1b.*?m", "", box.getvalue())  # without colours
+        lines = re.findall(r"^\W +(.*?) +\W$", text, re.M)
+        fail(re.sub(" [─-]{9,} ", "; ", " ".join(lines)))
+
+
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
     argv = [in_digits(word) for word in sys.argv[1:]]
-    args = tyro.cli(Args, description=__doc__, args=argv)
+    args = read_flags(Args, __doc__, args=argv)
     checkpoint = None
     for name in ("resume", "evaluate", "run_name"):
         if getattr(args, name) == "":
@@ -580,7 +596,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         checkpoint = load(path if path.suffix == ".pt" else path / name, key)
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
-        args = tyro.cli(Args, description=__doc__, args=argv, default=saved)
+        args = read_flags(Args, __doc__, args=argv, default=saved)
         may_change = "total_timesteps cuda compile capture_video track save_every eval_every eval_episodes".split()
         for name, old in vars(saved).items():
             new = getattr(args, name)
