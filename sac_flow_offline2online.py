@@ -790,10 +790,11 @@ def flag(name: str) -> str:
 
 
 def in_digits(word: str) -> str:
-    """1e6 -> 1000000, so that it can be given for an integer; any other word stays."""
+    """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; any other word stays."""
+    *start, number = word.rpartition("=")
     with contextlib.suppress(ValueError):
-        if "e" in word and float(word).is_integer():
-            return str(int(float(word)))
+        if "e" in number and float(number).is_integer():
+            return "".join([*start, str(int(float(number)))])
     return word
 
 
@@ -824,7 +825,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
         path = Path(folder)
-        name, key = ("checkpoint.pt", "buffer") if args.resume else ("policy.pt", "obs_dim")
+        name, key = ("checkpoint.pt", "progress") if args.resume else ("policy.pt", "obs_dim")
         checkpoint = load(path if path.suffix == ".pt" else path / name, key)
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
@@ -1157,15 +1158,17 @@ def load(path: Path, key: str) -> dict:
                 raise ValueError(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
         written_by = state.get("script", "another program")
+        flags = set(state.get("args", {}))
     if written_by != SCRIPT:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
         fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
-    differing = set(state["args"]) ^ set(vars(Args()))
-    if differing:
-        old = ", ".join(sorted(differing & set(state["args"]))) or "none"
-        new = ", ".join(sorted(differing - set(state["args"]))) or "none"
+    if differing := flags ^ set(vars(Args())):
+        old = ", ".join(sorted(differing & flags)) or "none"
+        new = ", ".join(sorted(differing - flags)) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
+    with explained(f"{path} was altered, or written by another version of {SCRIPT}"):
+        Progress(**state.get("progress", {}))
     return state
 
 

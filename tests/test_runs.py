@@ -516,9 +516,12 @@ def test_an_empty_name_is_an_error(script, tmp_path, monkeypatch, capsys, flag):
 
 
 def test_numbers_as_people_write_them(script, monkeypatch):
-    monkeypatch.setattr("sys.argv", "script --total-timesteps 1e6 --buffer-size 2.5e5 --alpha 1e-3 --env-id e3".split())
+    monkeypatch.setattr(
+        "sys.argv", "script --total-timesteps 1e6 --buffer-size 2.5e5 --alpha=1e-3 --seed=1e1 --env-id e3".split()
+    )
     args, _ = script.parse_args()
-    assert (args.total_timesteps, args.buffer_size, args.alpha, args.env_id) == (1_000_000, 250_000, 1e-3, "e3")
+    assert (args.total_timesteps, args.buffer_size, args.seed) == (1_000_000, 250_000, 10)
+    assert (args.alpha, args.env_id) == (1e-3, "e3")
 
 
 def test_run_name(run, tmp_path):
@@ -617,6 +620,15 @@ def test_bad_checkpoints(run, name, tmp_path):
     altered["random"] = None
     torch.save(altered, path)
     assert_refused(run("--resume", folder, "--total-timesteps", 200), "was altered")
+    for key, words in {"progress": "of another kind", "args": "another version", "buffer": "was altered"}.items():
+        altered = torch.load(io.BytesIO(whole))
+        del altered[key]
+        torch.save(altered, path)
+        assert_refused(run("--resume", folder, "--total-timesteps", 200), words)
+        torch.save(altered | {key: 7}, path)
+        assert_refused(
+            run("--resume", folder, "--total-timesteps", 200), "corrupted" if key == "args" else "was altered"
+        )
     policy = torch.load(folder / "policy.pt")
     policy["args"]["env_id"] = "Hopper-v4"
     torch.save(policy, folder / "other.pt")
