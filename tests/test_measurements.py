@@ -29,6 +29,12 @@ import torch
         ("frozen_critic", "--run nowhere", "nowhere is not the folder of a run"),
         ("frozen_critic", "--run damaged", "damaged/checkpoint.pt is truncated or corrupted"),
         ("frozen_critic", "", "--run"),
+        ("speed", "--rounds 0", "--rounds must be 1 or more"),
+        ("speed", "--seconds nan", "--seconds must be above 0 and finite"),
+        ("speed", "--out /proc/x", "--out /proc/x cannot be written to"),
+        ("speed", "--suite nothing", "'nothing'"),
+        ("speed", "--cores 9999", "--cores 9999: this machine has"),
+        ("speed", "--scripts nothing", "--scripts nothing: no nothing.py"),
     ],
 )
 def test_bad_flags(program, flags, words, tmp_path, monkeypatch, capsys):

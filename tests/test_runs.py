@@ -549,7 +549,7 @@ def test_a_run_that_is_training_is_not_resumed(run, name, tmp_path):
     assert run("--resume", "runs/x", "--total-timesteps", max(step, 100) + 20).returncode == 0
 
 
-@pytest.mark.parametrize("terminal", [False, True])  # there tyro writes colours
+@pytest.mark.parametrize("terminal", [False, True])  # there tyro writes colours, and elsewhere, in ASCII, no frame
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -565,6 +565,7 @@ def test_flags_that_cannot_be_read(script, tmp_path, monkeypatch, capsys, flags,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.setattr("tyro._fmtlib._FORCE_UTF8_BOXES", terminal)
     monkeypatch.setattr("sys.argv", ["script", *flags.split()])
     with pytest.raises(SystemExit) as error:
         script.main()

@@ -576,9 +576,9 @@ def read_flags(kind: type, description: str, **options):
     except SystemExit as error:
         if error.code == 0:  # --help
             raise
-        text = re.sub(r"\x1b.*?m", "", box.getvalue())  # without colours
-        lines = re.findall(r"^\W +(.*?) +\W$", text, re.M)
-        fail(re.sub(" [─-]{9,} ", "; ", " ".join(lines)))
+        text = re.sub(r"\x1b.*?m|[╭╮╰╯│]", "", box.getvalue())  # without colours and frame
+        _, *parts = re.split("[─-]{9,}", " ".join(text.split()))
+        fail("; ".join(filter(None, map(str.strip, parts))))
 
 
 def parse_args() -> tuple[Args, Optional[dict]]:
