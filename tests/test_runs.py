@@ -700,6 +700,22 @@ def test_what_the_environment_raises_is_one_line(main, tmp_path, capsys, failure
     assert checkpoint(folder)["step"] == 43
 
 
+def test_what_fails_because_of_ctrl_c_is_a_stop(script, main, monkeypatch, capsys):
+    """In a terminal a C++ compiler that is at work for torch.compile gets the signal as well."""
+
+    def compiler(*inputs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # until the signal is handled
+        raise RuntimeError("C++ compile error\nand much more")
+
+    monkeypatch.setattr(script, "critic_loss", compiler)
+    with pytest.raises(SystemExit) as error:
+        main(script, *PENDULUM, "--total-timesteps", 120)
+    stopping, stopped = capsys.readouterr().err.splitlines()
+    assert error.value.code == 128 + signal.SIGINT and stopped.startswith("stopped: step ")
+    assert "C++ compile error" in stopped and stopped.endswith("no checkpoint yet")
+
+
 def test_interrupted_evaluation_says_so(tmp_path, start):
     """No traceback; a run has a way of its own, above."""
     flags = ["--env-id", "tiny_envs:Endless-v0", "--max-episode-steps", 10, "--learning-starts", 20, *SMALL]

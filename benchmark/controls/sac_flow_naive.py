@@ -849,7 +849,11 @@ class Run:
                 (self.folder / "error.txt").write_text("".join(format_exception(error)))
                 where = f"traceback in {self.folder / 'error.txt'}"
             what = f"{type(error).__name__}: {first_line(error)}"
-            fail(f"step {self.progress.step} of {self.args.env_id}: {what}; {where}; {self.kept()}")
+            message = f"step {self.progress.step} of {self.args.env_id}: {what}; {where}; {self.kept()}"
+            if self.interrupted:  # a compiler hears Ctrl-C, too, and fails
+                print(f"stopped: {message}", file=sys.stderr)
+                raise SystemExit(128 + self.interrupted)
+            fail(message)
 
     def on_signal(self, number, frame) -> None:
         self.interrupted = number
