@@ -548,7 +548,9 @@ def explained(what: str):
     """Turn an exception within it into one line, `what` and the reason."""
     try:
         yield
-    except Exception as error:  # a user's environment, or a library, may raise anything
+    except Failure:
+        raise
+    except (Exception, SystemExit) as error:  # a user's environment, or a library, may raise anything
         fail(f"{what}: {first_line(error)}")
 
 
