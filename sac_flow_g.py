@@ -1188,7 +1188,7 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
         fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
     extent = action.high.astype(np.float32) - action.low.astype(np.float32)
-    if not (np.isfinite(extent).all() and (extent > 0).all()):
+    if not (extent.size and np.isfinite(extent).all() and (extent > 0).all()):
         fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):

@@ -458,6 +458,7 @@ def assert_refused(done, *words):
         ("--env-id tiny_envs:ImageObservation-v0", "one dimension"),
         ("--env-id tiny_envs:DiscreteAction-v0", "actions must be a Box"),
         ("--env-id tiny_envs:UnboundedAction-v0", "finite bounds"),
+        ("--env-id tiny_envs:NoAction-v0 --total-timesteps 5001", "finite bounds"),
         ("--flow-steps 0", "--flow-steps must be 1 or more, not 0"),
         ("--batch-size 512 --buffer-size 100", "--batch-size must be from 2 to --buffer-size 100, not 512"),
         ("--batch-size 1", "--batch-size must be from 2"),
