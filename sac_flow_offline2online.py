@@ -33,6 +33,7 @@ Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-vi
 import contextlib
 import copy
 import csv
+import io
 import json
 import logging
 import math
@@ -765,7 +766,7 @@ class Failure(SystemExit):
 
 def fail(message: str) -> NoReturn:
     """Stop with one line on standard error and exit code 2."""
-    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)  # above the progress bar, if there is one
+    tqdm.write(f"{Path(sys.argv[0]).stem}: error: {message}", file=sys.stderr)  # above the progress bar, if any
     raise Failure(2)
 
 
@@ -779,7 +780,9 @@ def explained(what: str):
     """Turn an exception within it into one line, `what` and the reason."""
     try:
         yield
-    except Exception as error:  # a user's environment, or a library, may raise anything
+    except Failure:
+        raise
+    except (Exception, SystemExit) as error:  # a user's environment, or a library, may raise anything
         fail(f"{what}: {first_line(error)}")
 
 
@@ -789,17 +792,33 @@ def flag(name: str) -> str:
 
 
 def in_digits(word: str) -> str:
-    """1e6 -> 1000000, so that it can be given for an integer; any other word stays."""
+    """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; any other word stays."""
+    *start, number = word.rpartition("=")
     with contextlib.suppress(ValueError):
-        if "e" in word and float(word).is_integer():
-            return str(int(float(word)))
+        if "e" in number and float(number).is_integer():
+            return "".join([*start, str(int(float(number)))])
     return word
+
+
+def read_flags(kind: type, description: str, **options):
+    """tyro.cli with the first line and the commands of a docstring; what it puts into a box becomes one line."""
+    box = io.StringIO()
+    shown = "\n".join(re.findall(r"\A.*|^    .*", description, re.M))
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, description=shown, config=[tyro.conf.DisallowNone], **options)
+    except SystemExit as error:
+        if error.code == 0:  # --help
+            raise
+        text = re.sub(r"\x1b.*?m|[╭╮╰╯│]", "", box.getvalue())  # without colours and frame
+        _, *parts = re.split("[─-]{9,}", " ".join(text.split()))
+        fail("; ".join(filter(None, map(str.strip, parts))))
 
 
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
     argv = [in_digits(word) for word in sys.argv[1:]]
-    args = tyro.cli(Args, description=__doc__, args=argv)
+    args = read_flags(Args, __doc__, args=argv)
     checkpoint = None
     for name in ("resume", "evaluate", "run_name"):
         if getattr(args, name) == "":
@@ -808,11 +827,11 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
         path = Path(folder)
-        name, key = ("checkpoint.pt", "buffer") if args.resume else ("policy.pt", "obs_dim")
+        name, key = ("checkpoint.pt", "progress") if args.resume else ("policy.pt", "obs_dim")
         checkpoint = load(path if path.suffix == ".pt" else path / name, key)
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
-        args = tyro.cli(Args, description=__doc__, args=argv, default=saved)
+        args = read_flags(Args, __doc__, args=argv, default=saved)
         may_change = "online_steps cuda compile capture_video track save_every eval_every eval_episodes".split()
         for name, old in vars(saved).items():
             new = getattr(args, name)
@@ -988,7 +1007,11 @@ class Run:
                 (self.folder / "error.txt").write_text("".join(format_exception(error)))
                 where = f"traceback in {self.folder / 'error.txt'}"
             what = f"{type(error).__name__}: {first_line(error)}"
-            fail(f"step {self.progress.step} of {self.args.env_id}: {what}; {where}; {self.kept()}")
+            message = f"step {self.progress.step} of {self.args.env_id}: {what}; {where}; {self.kept()}"
+            if self.interrupted:  # a compiler hears Ctrl-C, too, and fails
+                print(f"stopped: {message}", file=sys.stderr)
+                raise SystemExit(128 + self.interrupted)
+            fail(message)
 
     def on_signal(self, number, frame) -> None:
         self.interrupted = number
@@ -1141,15 +1164,17 @@ def load(path: Path, key: str) -> dict:
                 raise ValueError(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
         written_by = state.get("script", "another program")
+        flags = set(state.get("args", {}))
     if written_by != SCRIPT:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
         fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
-    differing = set(state["args"]) ^ set(vars(Args()))
-    if differing:
-        old = ", ".join(sorted(differing & set(state["args"]))) or "none"
-        new = ", ".join(sorted(differing - set(state["args"]))) or "none"
+    if differing := flags ^ set(vars(Args())):
+        old = ", ".join(sorted(differing & flags)) or "none"
+        new = ", ".join(sorted(differing - flags)) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
+    with explained(f"{path} was altered, or written by another version of {SCRIPT}"):
+        Progress(**state.get("progress", {}))
     return state
 
 

@@ -29,8 +29,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, Optional
-
-import tyro
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [ROOT, ROOT / "benchmark" / "controls"]
@@ -96,7 +95,10 @@ def fail(message: str) -> NoReturn:
 
 def parse_args() -> tuple[Args, list[str]]:
     """Flags of the sweep, and those of every run."""
-    args, common = tyro.cli(Args, description=__doc__, return_unknown_args=True)
+    sys.path[:0] = map(str, FOLDERS)
+    from sac_flow_g import read_flags  # here, because it imports torch, which workers do without
+
+    args, common = read_flags(Args, __doc__, return_unknown_args=True)
     if args.file:
         try:
             described = json.loads(Path(args.file).read_text())
@@ -104,7 +106,7 @@ def parse_args() -> tuple[Args, list[str]]:
             default = Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in described.items()})
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--file {args.file} is no sweep.json ({error}): name that of a sweep's folder")
-        args, common = tyro.cli(Args, description=__doc__, default=default, return_unknown_args=True)
+        args, common = read_flags(Args, __doc__, default=default, return_unknown_args=True)
         common = common or common_of_file
     for name in ("scripts", "env_ids", "seeds", "flags"):
         values = getattr(args, name)
@@ -129,7 +131,6 @@ def parse_args() -> tuple[Args, list[str]]:
 
 def make_runs(args: Args, common: list[str]) -> list[Run]:
     """All runs; the program stops if the script of one refuses its flags or its environment."""
-    sys.path[:0] = map(str, FOLDERS)
     runs = []
     known = set()
     for script, env_id, flags, seed in itertools.product(args.scripts, args.env_ids, args.flags, args.seeds):
@@ -138,11 +139,8 @@ def make_runs(args: Args, common: list[str]) -> list[Run]:
             fail(f"--scripts {script}: there is no such script; sac_flow_g is one")
         own = [*common, *(f"--{token}" for token in flags.split())]
         arguments = ["--env-id", env_id, "--seed", str(seed), *own]
-        try:
-            with contextlib.redirect_stderr(None):  # else several lines of tyro's
-                parsed = tyro.cli(module.Args, args=arguments)
-        except SystemExit:
-            fail(f"{script} does not take {shlex.join(own)}: see its --help, and for --flags that of the sweep")
+        with mock.patch("sys.argv", [str(paths[0]), *arguments, "--no-cuda"]):  # another machine may have the GPU
+            parsed, _ = module.parse_args()
         if env_id not in known and script != "sac_flow_offline2online":  # which says so when it has its data
             module.make_env(env_id).close()
             known.add(env_id)

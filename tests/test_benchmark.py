@@ -36,7 +36,7 @@ def program(name, folder, *flags):
 def test_gradient_norms_of_runs(start, tmp_path):
     flags = ["--env-id", "InvertedPendulum-v4", "--learning-starts", 100, "--total-timesteps", 120, "--flow-steps", 2]
     for name in ("sac_flow_naive", "sac_flow_t"):
-        assert start(*flags, *SMALL, name=name).returncode == 0
+        assert start(*flags, *SMALL, "--run-name", f"of {name}", name=name).returncode == 0
     runs = sorted((tmp_path / "runs").iterdir())
     few = ["--flow-steps", 1, 2, "--weight-scales", 1, 3, "--seeds", 2, "--out", tmp_path / "out"]
     done = program("gradient_norms", tmp_path, *few, "--runs", *runs)

@@ -458,6 +458,7 @@ def assert_refused(done, *words):
         ("--env-id tiny_envs:ImageObservation-v0", "one dimension"),
         ("--env-id tiny_envs:DiscreteAction-v0", "actions must be a Box"),
         ("--env-id tiny_envs:UnboundedAction-v0", "finite bounds"),
+        ("--env-id tiny_envs:NoAction-v0 --total-timesteps 5001", "finite bounds"),
         ("--flow-steps 0", "--flow-steps must be 1 or more, not 0"),
         ("--batch-size 512 --buffer-size 100", "--batch-size must be from 2 to --buffer-size 100, not 512"),
         ("--batch-size 1", "--batch-size must be from 2"),
@@ -480,6 +481,7 @@ def assert_refused(done, *words):
         ("--seed -1", "--seed"),
         ("--seed 5000000000", "--seed"),
         ("--env-id tiny_envs:Broken-v0", "tiny_envs:Broken-v0: division by zero"),
+        ("--env-id tiny_envs:Exits-v0", "--env-id tiny_envs:Exits-v0: 0"),
         ("--env-id a:b:c", "--env-id a:b:c"),
         ("--critic-dim 10000000", "--critic-dim"),
         ("--resume nowhere", "nowhere/checkpoint.pt"),
@@ -516,9 +518,12 @@ def test_an_empty_name_is_an_error(script, tmp_path, monkeypatch, capsys, flag):
 
 
 def test_numbers_as_people_write_them(script, monkeypatch):
-    monkeypatch.setattr("sys.argv", "script --total-timesteps 1e6 --buffer-size 2.5e5 --alpha 1e-3 --env-id e3".split())
+    monkeypatch.setattr(
+        "sys.argv", "script --total-timesteps 1e6 --buffer-size 2.5e5 --alpha=1e-3 --seed=1e1 --env-id e3".split()
+    )
     args, _ = script.parse_args()
-    assert (args.total_timesteps, args.buffer_size, args.alpha, args.env_id) == (1_000_000, 250_000, 1e-3, "e3")
+    assert (args.total_timesteps, args.buffer_size, args.seed) == (1_000_000, 250_000, 10)
+    assert (args.alpha, args.env_id) == (1e-3, "e3")
 
 
 def test_run_name(run, tmp_path):
@@ -546,9 +551,42 @@ def test_a_run_that_is_training_is_not_resumed(run, name, tmp_path):
     assert run("--resume", "runs/x", "--total-timesteps", max(step, 100) + 20).returncode == 0
 
 
-def test_unknown_flag(run, tmp_path):
-    done = run("--no-such-flag")
-    assert done.returncode == 2 and not any(tmp_path.iterdir())
+@pytest.mark.parametrize("terminal", [False, True])  # there tyro writes colours, and elsewhere, in ASCII, no frame
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--btach-size 3", ("--btach-size", "Perhaps you meant: --batch-size")),
+        ("--seed abc", ("--seed", "'abc'")),
+        ("--seed", ("--seed", "Missing value")),
+        ("--score-step eulr", ("--score-step", "'eulr'", "'euler'")),
+        ("Hopper-v4", ("Unrecognized options: Hopper-v4",)),
+        ("--track maybe", ("maybe",)),
+    ],
+)
+def test_flags_that_cannot_be_read(script, tmp_path, monkeypatch, capsys, flags, words, terminal):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.setattr("tyro._fmtlib._FORCE_UTF8_BOXES", terminal)
+    monkeypatch.setattr("sys.argv", ["script", *flags.split()])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    stdout, stderr = capsys.readouterr()
+    assert error.value.code == 2 and not stdout and not any(tmp_path.iterdir())
+    assert stderr.startswith("script: error: ") and len(stderr.splitlines()) == 1 and stderr[:-1].isprintable(), stderr
+    assert all(word in stderr for word in words), stderr
+
+
+def test_help(script, monkeypatch, capsys):
+    """What it is and a command to start with, in lines no longer than the source's; then the flags."""
+    monkeypatch.setattr("sys.argv", ["script", "--help"])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    stdout = capsys.readouterr().out
+    assert not error.value.code and max(map(len, stdout.splitlines())) <= 120
+    title, *rest = script.__doc__.splitlines()
+    (command,) = (line for line in rest if line.startswith("    python "))
+    assert f"\n{title}\n{command}\n" in stdout and "--run-name STR" in stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -585,6 +623,15 @@ def test_bad_checkpoints(run, name, tmp_path):
     altered["random"] = None
     torch.save(altered, path)
     assert_refused(run("--resume", folder, "--total-timesteps", 200), "was altered")
+    for key, words in {"progress": "of another kind", "args": "another version", "buffer": "was altered"}.items():
+        altered = torch.load(io.BytesIO(whole))
+        del altered[key]
+        torch.save(altered, path)
+        assert_refused(run("--resume", folder, "--total-timesteps", 200), words)
+        torch.save(altered | {key: 7}, path)
+        assert_refused(
+            run("--resume", folder, "--total-timesteps", 200), "corrupted" if key == "args" else "was altered"
+        )
     policy = torch.load(folder / "policy.pt")
     policy["args"]["env_id"] = "Hopper-v4"
     torch.save(policy, folder / "other.pt")
@@ -653,6 +700,22 @@ def test_what_the_environment_raises_is_one_line(main, tmp_path, capsys, failure
     assert "the checkpoint of step 43 is kept: --resume" in lines[0] and "error.txt" in lines[0]
     assert "tiny_envs.py" in (folder / "error.txt").read_text() or failure in ("none", "values", "shape")
     assert checkpoint(folder)["step"] == 43
+
+
+def test_what_fails_because_of_ctrl_c_is_a_stop(script, main, monkeypatch, capsys):
+    """In a terminal a C++ compiler that is at work for torch.compile gets the signal as well."""
+
+    def compiler(*inputs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # until the signal is handled
+        raise RuntimeError("C++ compile error\nand much more")
+
+    monkeypatch.setattr(script, "critic_loss", compiler)
+    with pytest.raises(SystemExit) as error:
+        main(script, *PENDULUM, "--total-timesteps", 120)
+    stopping, stopped = capsys.readouterr().err.splitlines()
+    assert error.value.code == 128 + signal.SIGINT and stopped.startswith("stopped: step ")
+    assert "C++ compile error" in stopped and stopped.endswith("no checkpoint yet")
 
 
 def test_interrupted_evaluation_says_so(tmp_path, start):

@@ -199,10 +199,12 @@ def test_dry_run(main, tmp_path, capsys):
         "",
         "gamma=0.9",
     ]
-    assert not main(*flags, "--total-timesteps", 70, "--dry-run")
+    assert not main(*flags, "--total-timesteps", 7000, "--dry-run")
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [line[1:] for line in lines] == [
-        command("sac_gaussian", "--env-id", ENV, "--seed", seed, "--total-timesteps", 70, *own, "--run-name", name)[1:]
+        command("sac_gaussian", "--env-id", ENV, "--seed", seed, "--total-timesteps", 7000, *own, "--run-name", name)[
+            1:
+        ]
         for own, label in (([], ""), (["--gamma=0.9"], "gamma=0.9__"))
         for seed in (1, 2)
         for name in [f"dry/{ENV}__sac_gaussian__{label}{seed}"]
@@ -259,9 +261,11 @@ def test_estimated_end_of_a_sweep():
         ("--seeds -1", "--seeds must be 0 or more"),
         ("--seed 3", "--seed is the sweep's to set: use --env-ids and --seeds"),
         ("--flags run_name=x", "--run-name is the sweep's to set"),
-        ("--flags no-such-flag", "sac_flow_g does not take --no-such-flag"),
-        ("--flags batch-size=x", "sac_flow_g does not take --batch-size=x"),
-        ("--no-such-flag", "sac_flow_g does not take --no-such-flag"),
+        ("--flags no-such-flag", "sac_flow_g: error: Unrecognized options: --no-such-flag"),
+        ("--flags batch-size=x", "sac_flow_g: error: Error parsing --batch-size"),
+        ("--no-such-flag", "sac_flow_g: error: Unrecognized options: --no-such-flag"),
+        ("--critic-lr inf", "sac_flow_g: error: --critic-lr must be above 0 and finite, not inf"),
+        ("--cores-per-run x", "sweep: error: Error parsing --cores-per-run"),
         ("--cores-per-run 0", "--cores-per-run must be 1 or more"),
         ("--gpus-per-run 1.5", "--gpus-per-run must be from 0 to 1, or whole, not 1.5"),
         ("--retries -1", "--retries must be 0 or more"),
@@ -271,8 +275,8 @@ def test_estimated_end_of_a_sweep():
 )
 def test_bad_flags(main, tmp_path, capsys, flags, words):
     assert main(*flags.split()) == 2
-    stderr = capsys.readouterr().err
-    assert len(stderr.splitlines()) == 1 and words in stderr, stderr
+    stdout, stderr = capsys.readouterr()
+    assert not stdout and len(stderr.splitlines()) == 1 and words in stderr, stdout + stderr
     assert not any(tmp_path.iterdir())  # nothing was created
 
 

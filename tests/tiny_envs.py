@@ -1,6 +1,7 @@
 """Small environments that the tests register: `--env-id tiny_envs:<name>`."""
 
 import builtins
+import sys
 import time
 
 import gymnasium as gym
@@ -112,8 +113,10 @@ gym.register("Normalized-v0", lambda: NormalizeReward(NormalizeObservation(Home(
 gym.register("Dice-v0", Dice)
 gym.register("Endless-v0", Endless)
 gym.register("Broken-v0", lambda: 1 / 0)
+gym.register("Exits-v0", lambda: sys.exit(0))
 gym.register("DiscreteObservation-v0", spaces(observation=Discrete(4)))
 gym.register("DictObservation-v0", spaces(observation=Dict(x=Box(-1, 1, (3,)))))
 gym.register("ImageObservation-v0", spaces(observation=Box(0, 255, (8, 8, 3), np.uint8)))
 gym.register("DiscreteAction-v0", spaces(action=Discrete(4)))
 gym.register("UnboundedAction-v0", spaces(action=Box(-np.inf, np.inf, (2,))))
+gym.register("NoAction-v0", spaces(action=Box(-1, 1, (0,))))

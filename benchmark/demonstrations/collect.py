@@ -40,12 +40,11 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, Optional
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "measurements")]
-from sac_flow_offline2online import ROBOSUITE_KWARGS, play_set  # noqa: E402
+from sac_flow_offline2online import ROBOSUITE_KWARGS, play_set, read_flags  # noqa: E402
 
 ENV_KWARGS = dict(**ROBOSUITE_KWARGS, has_offscreen_renderer=False, use_object_obs=True)
 INSTALL = "pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt"
@@ -440,7 +439,7 @@ def kind_of(args: Args) -> str:
 
 def parse_args() -> Args:
     """Flags, with their defaults filled in."""
-    args = tyro.cli(Args, description=__doc__)
+    args = read_flags(Args, __doc__)
     kind = kind_of(args)
     for name, least in dict(episodes=1, workers=1, rows=2, seed=0).items():
         if getattr(args, name) < least:

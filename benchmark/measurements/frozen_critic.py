@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
-from gradient_norms import COLORS, NAMES, load, pyplot, write
+from gradient_norms import COLORS, NAMES, load, parse_args, pyplot, write
 
 
 @dataclass
@@ -113,13 +112,12 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     pyplot()  # before the work: it may be missing
     torch.set_num_threads(1)  # the networks are small
     old_actor, critics, state = load(args.run)
     critics.requires_grad_(False)
     all_obs, alpha = state["buffer"][:, : old_actor.velocity_net.from_obs.in_features], state["log_alpha"].exp()
-    args.out.mkdir(parents=True, exist_ok=True)
     settings = list(itertools.product(args.flow_steps, args.weight_scales, args.score_steps))
     rows = []
     for k, scale, score_step in settings:

@@ -15,20 +15,22 @@ Writes <out>/init.csv, training.csv, checkpoints.csv and a figure of each: means
 import copy
 import csv
 import importlib
-import json
 import math
+import re
 import sys
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
-import tyro
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "controls")]
+from sac_flow_g import explained, fail, flag, read_flags  # noqa: E402
+
 NAMES = {"sac_flow_naive": "naive", "sac_flow_g": "Flow-G", "sac_flow_t": "Flow-T"}
 COLORS = {"sac_flow_naive": "#888888", "sac_flow_g": "#c44e52", "sac_flow_t": "#4c72b0"}
 
@@ -57,10 +59,23 @@ class Args:
     """folders of runs of sac_flow_naive.py, sac_flow_g.py or sac_flow_t.py"""
 
 
-def fail(message: str) -> NoReturn:
-    """Stop with one line on standard error and exit code 2."""
-    print(f"gradient_norms: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def parse_args(kind: type, description: str):
+    """Flags of the command line; stops the program if one asks for nothing, or --out cannot be written to."""
+    args = read_flags(kind, description)
+    rules = [
+        ("flow_steps|seeds|obs_dim|action_dim|updates|batch_size", lambda n: n >= 1, "1 or more"),
+        ("weight_scales|obs_std", lambda x: 0 < x < math.inf, "above 0 and finite"),
+        ("score_steps", lambda step: True, "one or more of exponential, euler and none"),
+    ]
+    for names, holds, requirement in rules:
+        for name, value in vars(args).items():
+            values = value if isinstance(value, list) else [value]
+            if re.fullmatch(names, name) and not (values and all(map(holds, values))):
+                fail(f"{flag(name)} must be {requirement}, not {' '.join(map(str, values)) or 'empty'}")
+    with explained(f"--out {args.out} cannot be written to"):
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    return args
 
 
 def pyplot():
@@ -134,11 +149,12 @@ def at_initialisation(args: Args):
 
 def described(run: Path) -> dict:
     """Script, environment, K and seed of a run; stops the program if the folder is none of ours."""
-    try:
-        args = json.loads((run / "args.json").read_text())
-        name = next(name for name in NAMES if f"__{name}__" in run.resolve().name)
-    except (OSError, ValueError, StopIteration):
-        fail(f"{run}: not the folder of a run of {', '.join(NAMES)}; --runs takes runs/<name>")
+    with explained(f"{run} is not the folder of a run that has saved its policy.pt, such as runs/<name>"):
+        state = torch.load(run / "policy.pt", map_location="cpu", weights_only=True)
+        name = state["script"]
+        args = state["args"]
+    if name not in NAMES:
+        fail(f"{run} is a run of {name}, not of {', '.join(NAMES)}")
     return dict(script=name, env_id=args["env_id"], K=args["flow_steps"], seed=args["seed"])
 
 
@@ -147,18 +163,16 @@ def through_training(run: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events, known = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload(), described(run)
-    for i in range(known["K"] + 1):
-        for event in events.Scalars(f"flow/grad_norm_step_{i}"):
-            yield dict(**known, step=event.step, i=i, grad_norm=event.value)
+    with explained(f"{run}: its TensorBoard log has no norms of gradients"):
+        for i in range(known["K"] + 1):
+            for event in events.Scalars(f"flow/grad_norm_step_{i}"):
+                yield dict(**known, step=event.step, i=i, grad_norm=event.value)
 
 
 def load(run: Path):
     """The networks of a run's checkpoint in evaluation mode, and the checkpoint: (actor, critics, state)."""
-    known = described(run)
-    if not (run / "checkpoint.pt").is_file():
-        fail(f"{run}: no checkpoint.pt in it; name the folder of a run that has saved one")
-    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    script = importlib.import_module(known["script"])
+    script = importlib.import_module(described(run)["script"])
+    state = script.load(run / "checkpoint.pt", "buffer")
     args = script.Args(**state["args"])
     obs_dim = state["actor"]["velocity_net.from_obs.weight"].shape[1]
     scale, bias = state["actor"]["scale"], state["actor"]["bias"]
@@ -187,7 +201,8 @@ def at_checkpoint(run: Path):
     torch.manual_seed(0)
     obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.velocity_net.from_obs.in_features]
     alpha = state["log_alpha"].exp()
-    script = importlib.import_module(described(run)["script"])
+    known = described(run)
+    script = importlib.import_module(known["script"])
 
     def loss(noise):
         mean, _, *path = script.actor_loss(actor, critics, obs, noise, alpha)
@@ -197,7 +212,7 @@ def at_checkpoint(run: Path):
         actor.score_step = score_step
         torch.manual_seed(0)
         for row in measure(actor, obs, loss):
-            yield dict(**described(run), step=state["progress"]["step"], score_step=score_step, **row)
+            yield dict(**known, step=state["progress"]["step"], score_step=score_step, **row)
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -272,16 +287,16 @@ def grid(plt, rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     plt = pyplot()
     for run in args.runs:
-        described(run)
-    args.out.mkdir(parents=True, exist_ok=True)
+        load(run)
     torch.set_num_threads(1)  # the networks are small
-    tables = {"init": list(at_initialisation(args))}
+    tables = {}
     if args.runs:
         tables["training"] = [row for run in args.runs for row in through_training(run)]
         tables["checkpoints"] = [row for run in args.runs for row in at_checkpoint(run)]
+    tables["init"] = list(at_initialisation(args))
     for name, rows in tables.items():
         write(args.out / f"{name}.csv", rows)
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn, Optional
+from typing import Literal, Optional
 
 ROOT = Path(__file__).parents[2]
 PAPER = "--critic-dim 1024 --sigma-dim 512 --batch-size 512"
@@ -59,19 +59,11 @@ class Args:
     rounds: int = 1
     """repetitions of everything, in turn"""
     extra: str = ""
-    """flags added to every configuration's"""
+    """flags added to every configuration's, in one word: --extra="--no-compile --gamma 0.9" """
     seconds: float = 8
     """time measured per run, after compilation"""
     out: Optional[Path] = None
     """CSV to append to"""
-    child: Optional[str] = None
-    """used by the program itself: one run, as JSON"""
-
-
-def fail(message: str) -> NoReturn:
-    """Stop with one line on standard error and exit code 2."""
-    print(f"speed: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 class Measured(BaseException):
@@ -246,11 +238,16 @@ def child(job: dict) -> None:
 
 
 def main() -> None:
-    import tyro
+    if sys.argv[1:2] == ["--child"]:
+        return child(json.loads(sys.argv[2]))
+    sys.path[:0] = [str(ROOT)]
+    from sac_flow_g import explained, fail, read_flags  # here, because children measure how long imports take
 
-    args = tyro.cli(Args, description=__doc__)
-    if args.child:
-        return child(json.loads(args.child))
+    args = read_flags(Args, __doc__)
+    if args.rounds < 1:
+        fail(f"--rounds must be 1 or more, not {args.rounds}")
+    if not 0 < args.seconds < float("inf"):
+        fail(f"--seconds must be above 0 and finite, not {args.seconds:g}")
     suites = ["default", "growth", "paper"] if args.suite == "all" else [args.suite]
     jobs = [(name, f"{flags} {args.extra}") for suite in suites for name, flags in SUITES[suite].items()]
     for script in args.scripts:
@@ -262,6 +259,9 @@ def main() -> None:
     args.cores = args.cores or [min(available)]
     if not set(args.cores) <= available:
         fail(f"--cores {' '.join(map(str, args.cores))}: this machine has {' '.join(map(str, sorted(available)))}")
+    if args.out:
+        with explained(f"--out {args.out} cannot be written to"):
+            open(args.out, "a").close()
     rows = []
     for _ in range(args.rounds):
         for name, flags in jobs:
@@ -280,7 +280,7 @@ def main() -> None:
                     print("|" + "|".join(COLUMNS) + "|\n|" + "-|" * len(COLUMNS))
                 print("|" + "|".join(str(rows[-1][column]) for column in COLUMNS) + "|", flush=True)
                 if args.out:
-                    new = not args.out.exists()
+                    new = args.out.stat().st_size == 0
                     with open(args.out, "a", newline="") as file:
                         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                         if new:
