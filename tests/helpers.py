@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = [ROOT, *(ROOT / "benchmark" / kind for kind in ("", "controls", "demonstrations", "measurements"))]
+FOLDERS = [ROOT, *(ROOT / "benchmark" / kind for kind in ("", "controls", "demonstrations", "measurements", "parity"))]
 SCRIPTS = ["sac_flow_g", "sac_flow_t"]
 FLOWS = [*SCRIPTS, "sac_flow_naive"]
 SMALL = "--critic-dim 16 --sigma-dim 16 --velocity-dim 16 --batch-size 16 --no-compile --no-cuda".split()
