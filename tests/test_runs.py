@@ -39,6 +39,20 @@ def test_300_steps(run, tmp_path, env_id, crossq):
     assert ("targets" in state) == (crossq == "--no-crossq")
 
 
+def test_what_a_killed_compilation_left_is_cleared_away(monkeypatch, tmp_path):
+    """A library that the linker was kept from filling would fail every later run; one that is being made stays."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for name, content, age in ("killed", "", 60), ("at-work", "", 0), ("whole", "ELF", 60):
+        library = tmp_path / "ab" / f"{name}.main.so"
+        library.parent.mkdir(exist_ok=True)
+        library.write_text(content)
+        os.utime(library, (0, time.time() - age))
+    script = importlib.import_module("sac_flow_g")
+    monkeypatch.setattr(script.torch, "compile", lambda function: function)
+    script.find_compiler(torch.device("cpu"))
+    assert {library.name for library in tmp_path.rglob("*.so")} == {"at-work.main.so", "whole.main.so"}
+
+
 def test_compiled_with_target_networks(run, tmp_path):
     """With tau = 1 the target networks are the critics; a fixed alpha stays where it is."""
     flags = ["--no-crossq", "--tau", 1, "--no-autotune", "--alpha", 0.25, "--compile", "--env-id", "Humanoid-v4"]
