@@ -2,11 +2,11 @@
 
     python benchmark/compare.py runs/before runs/after
 
-A and B are folders of runs, or of benchmark/results/, with the same environments, algorithms and flags: several seeds
-of each, and for the speed from the same machine, as idle. The return of a run is its mean over the last tenth of the
-steps that both have reached, its speed that of its second half, which leaves compilation out. Intervals are Welch's, of
-the difference of means: of returns, and of the logarithms of the speeds. With m of them each has confidence 1 - (1 -
-0.95) / m, so that a false alarm is as likely with many as with one.
+A and B are folders of runs, or of benchmark/results/, with the same environments and algorithms: several seeds of each,
+and for the speed from the same machine, as idle. The return of a run is its mean over the last tenth of the steps that
+both have reached, its speed that of their second half, which leaves compilation out. Intervals are Welch's, of the
+difference of means: of returns, and of the logarithms of the speeds. With m of them each has confidence 1 - (1 - 0.95)
+/ m, so that a false alarm is no likelier with many than with one.
 """
 
 import math
@@ -50,20 +50,20 @@ def welch(a: np.ndarray, b: np.ndarray, confidence: float) -> tuple[float, float
     return difference, difference - half, difference + half
 
 
-def speed(run: Run) -> Optional[float]:
-    """Steps per second in the second half of a run; None if it has no times, or too few."""
-    if run.seconds is None:
+def speed(run: Run, end: float) -> Optional[float]:
+    """Steps per second in the second half of the steps before `end`; None if a run has no times there."""
+    inside = (run.steps >= end / 2) & (run.steps <= end)
+    if run.seconds is None or inside.sum() < 2:
         return None
-    i = int(np.searchsorted(run.steps, run.steps[-1] / 2))
-    elapsed = run.seconds[-1] - run.seconds[i]
-    return (run.steps[-1] - run.steps[i]) / elapsed if elapsed > 0 else None
+    elapsed = np.ptp(run.seconds[inside])
+    return np.ptp(run.steps[inside]) / elapsed if elapsed else None
 
 
 def samples(a: list[Run], b: list[Run]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What is compared of two groups, "return" and "steps/s": values of A and of B, one per seed."""
     end = min(records.end_of({"": runs}) for runs in (a, b))
     returns = [records.scores({"": runs}, end)[""] for runs in (a, b)]
-    speeds = [np.array([value for value in map(speed, runs) if value]) for runs in (a, b)]
+    speeds = [np.array([value for run in runs if (value := speed(run, end))]) for runs in (a, b)]
     return {"return": tuple(returns), "steps/s": tuple(speeds)}
 
 
@@ -74,16 +74,14 @@ def main() -> None:
         fail(f"--confidence must be between 0 and 1, not {args.confidence}")
     if args.a.resolve() == args.b.resolve():
         fail(f"{args.a} twice: name the runs before and those after")
-    runs = records.read([args.a, args.b], args.training, together=False)
-    before, after = (by_env([run for run in runs if run.root == folder]) for folder in (args.a, args.b))
-    both = [(env, name) for env in before for name in before[env] if name in after.get(env, {})]
-    if not both:
-        fail(f"{args.a} and {args.b} have no environment with the same algorithm and flags")
-    for groups, others, folder in ((before, after, args.a), (after, before, args.b)):
-        for env, name in [(env, name) for env in groups for name in groups[env] if name not in others.get(env, {})]:
-            note(f"{name} on {env} is only in {folder}")
+    before, after = (by_env(records.read([folder], args.training)) for folder in (args.a, args.b))
+    groups = [{(env, name) for env in envs for name in envs[env]} for envs in (before, after)]
+    if not groups[0] & groups[1]:
+        fail(f"{args.a} and {args.b} have no algorithm on the same environment")
+    for env, name in sorted(groups[0] ^ groups[1]):
+        note(f"{name} on {env} is only in {args.a if (env, name) in groups[0] else args.b}")
     found = {}  # (environment, algorithm, what) -> values of A, values of B
-    for env, name in both:
+    for env, name in sorted(groups[0] & groups[1]):
         for what, (a, b) in samples(before[env][name], after[env][name]).items():
             if min(len(a), len(b)) > 1:
                 found[env, name, what] = a, b

@@ -95,9 +95,8 @@ def note(message: str) -> None:
 def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = (), together: bool = True) -> list[Run]:
     """All runs below the folders, sorted by environment, algorithm, variant and seed.
 
-    Evaluations, or training episodes with `training`; with `only` files whose path has one of these texts. The same run
-    in two folders has their names in its own, unless they are not looked at `together`. What cannot be read is noted in
-    one line. Stops the program if nothing is left.
+    Evaluations, or training episodes with `training`; with `only` files whose path has one of these texts. What cannot
+    be read is noted in one line. Stops the program if nothing is left.
     """
     runs = []
     left_out = defaultdict(list)  # why -> files
@@ -119,7 +118,7 @@ def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = 
     if not runs:
         missing, instead = ("training episodes", "drop --training") if training else ("evaluations", "try --training")
         fail(f"no {missing} in {' '.join(map(str, folders))}: {instead}, or name other folders")
-    set_variants(runs, together)
+    set_variants(runs)
     runs = unique(runs)
     order = [*COLORS, *sorted({run.algorithm for run in runs} - set(COLORS))]
     return sorted(runs, key=lambda run: (run.env, order.index(run.algorithm), run.name, run.seed))
@@ -190,24 +189,26 @@ def script_of(folder: Path) -> str:
     raise ValueError("whose script neither the folder's name nor a checkpoint tells")
 
 
-def set_variants(runs: list[Run], together: bool) -> None:
-    """Say in `variant` what tells groups apart: flags that differ, and no part of a file's name that all have.
+def set_variants(runs: list[Run]) -> None:
+    """Say in `variant` what tells groups apart: flags that differ, parts of files' names that not all have.
 
-    Folders too, if they are looked at `together` and the same run is in two of them.
+    And the folder, if the same run is in two of them.
     """
-    for algorithm in {run.algorithm for run in runs}:
-        with_flags = [run for run in runs if run.algorithm == algorithm and run.flags]
-        for key in sorted({key for run in with_flags for key in run.flags} - NO_VARIANT):
-            if len({json.dumps(run.flags.get(key)) for run in with_flags}) > 1:
-                for run in with_flags:
-                    run.variant.append(f"{key.replace('_', '-')}={run.flags.get(key)}")
+    scripts = defaultdict(list)  # a script is known by its flags
+    for run in runs:
+        scripts[run.algorithm, *sorted(run.flags)].append(run)
+    for (_, *keys), alike in scripts.items():
+        for key in [key for key in keys if key not in NO_VARIANT]:
+            if len({json.dumps(run.flags[key]) for run in alike}) > 1:
+                for run in alike:
+                    run.variant.append(f"{key.replace('_', '-')}={run.flags[key]}")
     shared = set.intersection(*(set(run.variant) for run in runs))
     for run in runs:
         run.variant = [part for part in run.variant if part not in shared]
     keys = defaultdict(set)
     for run in runs:
         keys[run.env, run.name, run.seed].add(run.root)
-    if together and any(len(roots) > 1 for roots in keys.values()):
+    if any(len(roots) > 1 for roots in keys.values()):
         for run in runs:
             run.variant.append(run.root.resolve().name)
 
