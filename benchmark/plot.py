@@ -287,8 +287,9 @@ def draw_curves(groups: dict[str, list[Run]], axis, style: Style, args: Args, ti
             band = bootstrap({name: y}, lambda values: values.mean(0), args.reps)[1][name]
         style.draw(axis, name, x, mean, *band, curves)
         drawn.extend(np.concatenate([*(y for _, y in curves), mean]))
-    margin = 0.06 * (max(drawn) - min(drawn)) or 1.0
-    axis.set_ylim(min(drawn) - margin, max(drawn) + margin)
+    lowest, highest = min(0, *drawn), max(drawn)
+    margin = 0.05 * (highest - lowest) or 1.0
+    axis.set_ylim(lowest - margin * (lowest < 0), highest + margin)
     kind = "training return" if args.training else "evaluation return"
     axis.set(xlabel="minutes of training" if time else "environment steps", ylabel=kind, xlim=(0, None))
     with_spaces(axis.xaxis, axis.yaxis)
