@@ -1,98 +1,459 @@
-"""Learning curves from returns.csv or eval.csv files: the mean over seeds of each script, and each seed thinly.
+"""Figures and tables of runs: learning curves, returns against time, and statistics over environments, with intervals.
 
-    python benchmark/plot.py benchmark/results/hopper-v4
+    python benchmark/plot.py runs/first --out figures
+    python benchmark/plot.py benchmark/results/hopper-v4 --training
     python benchmark/plot.py benchmark/results/lift
 
-draws every <script>_seed<n>.csv of the folder into <folder>.png and prints the table that goes with it. Evaluations
-of sac_flow_offline2online.py give success rates, with the 95 % interval over the episodes of all seeds, and returns.
+Reads folders of runs, and those of benchmark/results/, as they are. A curve is the mean over seeds with its 95 %
+bootstrap interval, which is the range of two or three seeds; tables have t-intervals, which are wider with so few and
+hold what they promise. The score of a run is its mean return over the last tenth of the steps. Over environments,
+scores are scaled to 0 and 1 (`RANGES` in records.py). Interquartile mean, median, optimality gap, performance profiles
+and probability of improvement have 95 % stratified bootstrap intervals over seeds. They come from rliable, the package
+of the paper that introduced them (Agarwal et al., 2021, arXiv 2108.13264). AdaStop (Mathieu et al., 2023, arXiv
+2306.10882) says which algorithms differ, and where more seeds are needed. Tables go to standard output, as Markdown.
 """
 
-import csv
-import sys
-from collections import defaultdict
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, Optional
 
 import numpy as np
+import records
+import tyro
+from records import Run, by_env, fail, file_name, note
 
 try:
     import matplotlib
+    from adastop import MultipleAgentsComparator
+    from rliable import library, metrics
+    from scipy import stats
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-except ImportError:
-    sys.exit("plot.py: error: needs matplotlib: pip install -r benchmark/requirements.txt")
+except ImportError as error:
+    fail(f"needs {error.name}: pip install -r benchmark/requirements.txt")
 
-WINDOW = 10_000  # steps over which returns are averaged
-
-
-def smoothed(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Mean return of the episodes that ended in the WINDOW steps before each step of `grid`; NaN where none did."""
-    inside = [(steps > step - WINDOW) & (steps <= step) for step in grid]
-    return np.array([returns[mask].mean() if mask.any() else np.nan for mask in inside])
+LEVEL = 0.95  # of every interval
+SEEDS_PER_LOOK, LOOKS = 5, 2  # AdaStop: it looks after 5 seeds, and after 10
+STATISTICS = ("interquartile mean", "median", "optimality gap")
+Figure = Literal["curves", "time", "statistics", "profiles", "improvement"]
+FIGURES: tuple[Figure, ...] = ("curves", "time", "statistics", "profiles", "improvement")
 
 
-def evaluations(folder: Path, paths: list[Path]) -> None:
-    """Success rate and return at each evaluation, left and right of the end of the offline phase."""
-    runs = defaultdict(list)  # velocity -> rows of each seed
-    for path in paths:
-        runs[path.stem.split("_seed")[0]].append(list(csv.DictReader(open(path))))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    steps = [int(row["step"]) for row in next(iter(runs.values()))[0]]
-    offline = max(int(row["step"]) for row in next(iter(runs.values()))[0] if row["phase"] == "offline")
-    print("| velocity |" + "".join(f" {step} |" for step in steps) + "\n|" + "---|" * (len(steps) + 1))
-    colors = {"gated": "#c44e52", "decoded": "#4c72b0", "plain": "#888888"}
-    for name, seeds in runs.items():
-        color = colors.get(name)
-        rates, returns = (
-            np.array([[float(row[column]) for row in rows[: len(steps)]] for rows in seeds])
-            for column in ("success_rate", "return")
-        )
-        n, rate, z = sum(int(rows[0]["episodes"]) for rows in seeds), rates.mean(0), 1.96
-        centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)  # Wilson's interval
-        half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-        axes[0].errorbar(steps, rate, [rate - centre + half, centre + half - rate], color=color, capsize=2, label=name)
-        axes[0].plot(steps, rates.T, color=color, alpha=0.3, linewidth=0.8)
-        axes[1].plot(steps, returns.mean(0), color=color, label=f"{name} (mean of {len(seeds)} seeds)")
-        axes[1].plot(steps, returns.T, color=color, alpha=0.3, linewidth=0.8)
-        cells = [f"{100 * r:.0f} % ({value:.1f})" for r, value in zip(rate, returns.mean(0), strict=True)]
-        print(f"| {name} | {' | '.join(cells)} |")
-    for axis, label in zip(axes, ("success rate", "return"), strict=True):
+@dataclass
+class Args:
+    """Flags of the command line."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """folders of runs, or of benchmark/results/, with all that is below them"""
+    out: Path = Path("figures")
+    """folder of the figures, each as SVG and PNG"""
+    training: bool = False
+    """draw the returns of training episodes in place of evaluations"""
+    only: tuple[str, ...] = ()
+    """only files whose path has one of these texts"""
+    figures: tuple[Figure, ...] = FIGURES
+    """which figures; statistics, profiles and improvement also for their tables"""
+    steps: Optional[int] = None
+    """step at which runs are scored; default: what half or more of the runs of each group have reached"""
+    ranges: tuple[str, ...] = ()
+    """returns that count as 0 and 1 in an environment that records.py does not know: Swimmer-v4=0,100"""
+    reps: int = 2000
+    """resamples of a bootstrap"""
+
+
+def parse_args() -> Args:
+    """Flags, checked; `ranges` are added to the known ones."""
+    args = tyro.cli(Args, description=__doc__)
+    if not args.folders:
+        fail("name one or more folders of runs/ or of benchmark/results/")
+    if args.steps is not None and args.steps < 1:
+        fail(f"--steps must be 1 or more, not {args.steps}")
+    if args.reps < 1:
+        fail(f"--reps must be 1 or more, not {args.reps}")
+    for text in args.ranges:
+        env, _, numbers = text.rpartition("=")
+        try:
+            low, high = map(float, numbers.split(","))
+        except ValueError:
+            low = high = math.nan
+        if not env or not low < high:
+            fail(f"--ranges {text}: an environment and two returns, low < high, such as Swimmer-v4=0,100")
+        records.RANGES[env] = low, high
+    return args
+
+
+# Numbers
+
+
+def t_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over the first axis, the seeds, and the ends of its 95 % t-interval, which are NaN with one seed."""
+    n = len(values)
+    mean = values.mean(0)
+    if n == 1:
+        return mean, mean * math.nan, mean * math.nan
+    half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def binned(run: Run, width: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training episodes as (steps, returns, seconds) of bins of `width` steps: end, mean, and time of the last one."""
+    index = np.ceil(run.steps / width)
+    bins = np.unique(index)
+    returns = np.array([run.returns[index == i].mean() for i in bins])
+    return np.minimum(bins * width, run.steps[-1]), returns, np.array([run.seconds[index == i][-1] for i in bins])
+
+
+def common_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Curves (x, y) of several seeds at the same x: where any has a point, between points by interpolation.
+
+    Only as far as all seeds reach, so that no seed drops out of a mean halfway. Returns x (N,) and y (seeds, N).
+    """
+    first = max(x[0] for x, _ in curves)
+    last = min(x[-1] for x, _ in curves)
+    grid = np.unique(np.concatenate([x for x, _ in curves]))
+    grid = grid[(grid >= first) & (grid <= last)]
+    return grid, np.array([np.interp(grid, x, y) for x, y in curves])
+
+
+def at_points(runs: list[Run], column: str) -> dict[float, np.ndarray]:
+    """Values (seeds,) of a column at each step that any run was evaluated at, of those that were."""
+    steps = sorted({step for run in runs for step in run.steps})
+    return {step: np.concatenate([getattr(run, column)[run.steps == step] for run in runs]) for step in steps}
+
+
+def scaled(score: np.ndarray, env: str) -> np.ndarray:
+    """Scores on the scale on which records.RANGES has 0 and 1."""
+    low, high = records.RANGES[env]
+    return (score - low) / (high - low)
+
+
+def matrices(all_scores: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Scaled scores (seeds, environments) of each name, in the environments that all names share and that have a range.
+
+    `all_scores` is environment -> name -> scores. rliable takes as many seeds of each environment: the first ones.
+    """
+    names = list(dict.fromkeys(name for groups in all_scores.values() for name in groups))
+    envs = []
+    for env, groups in all_scores.items():
+        lacking = [name for name in names if not len(groups.get(name, []))]
+        if lacking:
+            note(f"statistics without {env}, which has no score of {', '.join(lacking)}")
+        elif env not in records.RANGES:
+            note(f"statistics without {env}, whose range of returns is not known: give --ranges {env}=LOW,HIGH")
+        else:
+            envs.append(env)
+    result = {}
+    for name in names if envs else []:
+        counts = [len(all_scores[env][name]) for env in envs]
+        if len(set(counts)) > 1:
+            note(f"statistics of {name} with the first {min(counts)} seeds of each environment, which all have")
+        result[name] = np.stack([scaled(all_scores[env][name][: min(counts)], env) for env in envs], axis=1)
+    return result
+
+
+def bootstrap(values: dict, function, reps: int) -> tuple[dict, dict]:
+    """Estimates of `function` and the ends of their intervals, (2, ...), for each name; the same ones at every call."""
+    np.random.seed(0)  # rliable draws from numpy's global generator, whatever generator it is given
+    return library.get_interval_estimates(values, function, reps=reps, confidence_interval_size=LEVEL)
+
+
+def aggregates(matrix: np.ndarray) -> np.ndarray:
+    """The STATISTICS of scores (seeds, environments)."""
+    return np.array(
+        [f(matrix) for f in (metrics.aggregate_iqm, metrics.aggregate_median, metrics.aggregate_optimality_gap)]
+    )
+
+
+def improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """P(a run of A is better than one of B), ties half, mean over environments; scores (seeds, environments).
+
+    rliable's `probability_of_improvement`, which computes it by a Mann-Whitney test whose p-value nobody needs, takes
+    forty times as long in a bootstrap.
+    """
+    return np.array([(np.sign(a[:, None] - b[None]) + 1).mean() / 2])
+
+
+def adastop(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], str]:
+    """AdaStop's decision on each pair of names, from their scores in the order of seeds, at a family-wise level of 5 %.
+
+    It looks at most LOOKS times, after each SEEDS_PER_LOOK further seeds. Decisions are ">", "<", "not told apart", or
+    "needs ... seeds". adastop 0.1.3 compares an absolute difference with a one-sided quantile: of equal algorithms it
+    tells apart twice as many as its level says (55 of 600 at 0.05 with one look), so it is given half of it.
+    """
+    names = list(scores)
+    looks = min(LOOKS, min(map(len, scores.values())) // SEEDS_PER_LOOK)
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    words = {
+        "larger": ">",
+        "smaller": "<",
+        "equal": "not told apart",
+        "continue": f"needs {(looks + 1) * SEEDS_PER_LOOK} seeds",
+    }
+    decisions = {}
+    if looks:
+        test = MultipleAgentsComparator(n=SEEDS_PER_LOOK, K=LOOKS, alpha=(1 - LEVEL) / 2, seed=0)
+        for look in range(1, looks + 1):
+            if not test.is_finished:
+                test.partial_compare({name: scores[name][: look * SEEDS_PER_LOOK] for name in names}, verbose=False)
+        decisions = test.decisions
+    return {(names[i], names[j]): words[decisions.get(str(np.array([i, j])), "continue")] for i, j in pairs}
+
+
+# Figures
+
+
+class Style:
+    """Colour, dashes and label of each name, the same in all figures."""
+
+    def __init__(self, runs: list[Run]):
+        self.lines = {}  # name -> arguments of plot
+        others = sorted({run.algorithm for run in runs} - set(records.COLORS))
+        colors = records.COLORS | dict(zip(others, itertools.cycle(records.OTHER_COLORS), strict=False))
+        for algorithm, color in colors.items():
+            for i, name in enumerate(sorted({run.name for run in runs if run.algorithm == algorithm})):
+                shade, dashes = divmod(i, len(records.DASHES))
+                mixed = 0.6**shade * np.array(matplotlib.colors.to_rgb(color)) + (1 - 0.6**shade)
+                envs = by_env([run for run in runs if run.name == name])
+                counts = {len(groups[name]) for groups in envs.values()}
+                seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+                label = f"{name} ({seeds} seed{'s' * (counts != {1})})"
+                self.lines[name] = {"color": tuple(mixed), "linestyle": records.DASHES[dashes], "label": label}
+
+    def color(self, name: str) -> tuple:
+        """Its colour."""
+        return self.lines[name]["color"]
+
+    def draw(self, axis, name: str, x, mean, low, high, seeds: Sequence[tuple]) -> None:
+        """A curve with its band, and the curves (x, y) of the seeds thinly."""
+        color = self.color(name)
+        for xs, ys in seeds:
+            axis.plot(xs, ys, color=color, alpha=0.35, linewidth=0.7, marker="." if len(xs) == 1 else None)
+        axis.plot(x, mean, linewidth=2, marker="o" if len(x) < 5 else None, **self.lines[name])
+        axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def panels(count: int, width: float = 4.4, height: float = 3.4) -> tuple:
+    """A figure with `count` panels, at most three in a row."""
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    size = width * columns, height * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.use_sticky_edges = False
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
+
+
+def save(figure, axes: list, out: Path, name: str, caption: str = "") -> None:
+    """Write a figure with its legend below the panels, as SVG and PNG; the same data give the same files."""
+    found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if found:
+        columns = max(1, int(figure.get_figwidth() / (0.7 + 0.09 * max(map(len, found)))))  # inches
+        legend = figure.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False)
+        legend.set_title(caption, {"size": "small"})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(out / f"{name}.png", dpi=150)
+    except OSError as error:
+        fail(f"--out {out}: cannot write there ({error.strerror})")
+    plt.close(figure)
+
+
+def with_spaces(*axes) -> None:
+    """100 000 in place of 100000 along these axes."""
+    for axis in axes:
+        axis.set_major_formatter(lambda value, _: f"{value:,.10g}".replace(",", "\xa0").replace("-", "\u2212"))
+        axis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+
+
+def draw_curves(groups: dict[str, list[Run]], axis, style: Style, args: Args, time: bool) -> None:
+    """Mean return of each group over seeds with its interval, and each seed thinly, against steps or minutes."""
+    width = max(run.steps[-1] for runs in groups.values() for run in runs) / 50
+    drawn = []
+    for name, runs in groups.items():
+        points = [binned(run, width) if args.training else (run.steps, run.returns, run.seconds) for run in runs]
+        curves = [(seconds / 60 if time else steps, returns) for steps, returns, seconds in points]
+        x, y = common_curve(curves)
+        mean, band = y.mean(0), (y.min(0), y.max(0))
+        if len(runs) > 1 and len(x):
+            band = bootstrap({name: y}, lambda values: values.mean(0), args.reps)[1][name]
+        style.draw(axis, name, x, mean, *band, curves)
+        drawn.extend(np.concatenate([*(y for _, y in curves), mean]))
+    lowest, highest = min(0, *drawn), max(drawn)
+    margin = 0.05 * (highest - lowest) or 1.0
+    axis.set_ylim(lowest - margin * (lowest < 0), highest + margin)
+    kind = "training return" if args.training else "evaluation return"
+    axis.set(xlabel="minutes of training" if time else "environment steps", ylabel=kind, xlim=(0, None))
+    with_spaces(axis.xaxis, axis.yaxis)
+
+
+def draw_all_curves(envs: dict[str, dict[str, list[Run]]], style: Style, args: Args, time: bool) -> None:
+    """A figure of each environment and, if there are several, one of all."""
+    suffix = "-time" if time else ""
+    if time:
+        without = [env for env, groups in envs.items() if any(run.seconds is None for run in sum(groups.values(), []))]
+        if without:
+            note(f"no figure against time of {', '.join(without)}: files without seconds")
+        envs = {env: groups for env, groups in envs.items() if env not in without}
+    sheets = {file_name(env): {env: groups} for env, groups in envs.items()}
+    if len(envs) > 1:
+        sheets["all"] = envs
+    for name, sheet in sheets.items():
+        figure, axes = panels(len(sheet), *((6, 4.2) if len(sheet) == 1 else ()))
+        for axis, (env, groups) in zip(axes, sheet.items(), strict=True):
+            draw_curves(groups, axis, style, args, time)
+            axis.set_title(env)
+        save(figure, axes, args.out, name + suffix, "mean over seeds, 95 % bootstrap interval, each seed thinly")
+
+
+def draw_evaluations(env: str, groups: dict[str, list[Run]], style: Style, out: Path) -> None:
+    """Success rate and return at each evaluation, offline to online, with t-intervals."""
+    figure, axes = panels(2)
+    offline = max(run.offline for runs in groups.values() for run in runs)
+    for name, runs in groups.items():
+        for axis, column, factor in zip(axes, ("success", "returns"), (100, 1), strict=True):
+            points = {step: t_interval(factor * values) for step, values in at_points(runs, column).items()}
+            mean, low, high = np.array(list(points.values())).T
+            if column == "success":
+                low, high = low.clip(0, 100), high.clip(0, 100)
+            style.draw(
+                axis, name, list(points), mean, low, high, [(r.steps, factor * getattr(r, column)) for r in runs]
+            )
+    for axis, label in zip(axes, ("success rate in %", "return"), strict=True):
         axis.axvline(offline, color="black", linewidth=0.8, linestyle=":")
-        axis.set(xlabel="offline updates, then environment steps", ylabel=label, title=folder.name)
-        axis.grid(alpha=0.3)
-    axes[1].legend()
-    figure.savefig(folder.with_suffix(".png"), dpi=120)
+        axis.set(xlabel="offline updates, then environment steps", ylabel=label)
+        with_spaces(axis.xaxis, axis.yaxis)
+    figure.suptitle(env)
+    save(
+        figure,
+        axes,
+        out,
+        file_name(env),
+        "mean over seeds, 95 % t-interval, each seed thinly; dotted: online from here",
+    )
+
+
+def draw_intervals(statistics: dict[str, dict[str, tuple]], out: Path, file: str, colors: dict[str, tuple]) -> None:
+    """A panel for each statistic, in it a row for each name: estimate, low and high end."""
+    count = len(colors)
+    figure, axes = panels(len(statistics), height=1.2 + 0.35 * count)
+    for axis, (title, rows) in zip(axes, statistics.items(), strict=True):
+        for i, (name, (value, low, high)) in enumerate(rows.items()):
+            axis.barh(i, high - low, left=low, height=0.6, color=colors[name], alpha=0.35)
+            axis.plot([value, value], [i - 0.3, i + 0.3], color=colors[name], linewidth=2)
+        axis.set(xlabel=title, yticks=range(count), yticklabels=rows if axis is axes[0] else [""] * count)
+        axis.invert_yaxis()
+    save(figure, axes, out, file)
+
+
+def draw_profiles(values: dict[str, np.ndarray], style: Style, args: Args) -> None:
+    """Share of runs above each score."""
+    every = np.concatenate([matrix.ravel() for matrix in values.values()])
+    thresholds = np.linspace(min(0, every.min()), max(1, every.max()), 201)
+    estimates, bands = bootstrap(values, lambda matrix: library.score_distributions(matrix, thresholds), args.reps)
+    figure, axes = panels(1, width=6)
+    for name in values:
+        style.draw(axes[0], name, thresholds, estimates[name], *bands[name], [])
+    axes[0].set(xlabel="score (0: random, 1: reference)", ylabel="share of runs above it", ylim=(-0.02, 1.02))
+    save(figure, axes, args.out, "profiles", "95 % bootstrap interval")
+
+
+# Tables
+
+
+def markdown(*rows: Sequence[str]) -> None:
+    """Print a table whose first row is its head. Raises ValueError unless all rows have as many cells."""
+    for row in rows:
+        if len(row) != len(rows[0]):
+            raise ValueError(f"{len(rows[0])} columns, but {row}")
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    print("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n")
+
+
+def cell(value: float, low: float, high: float, digits: int = 0) -> str:
+    """An estimate with its interval, if it has one."""
+    return f"{value:.{digits}f}" + ("" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def print_scores(envs: dict[str, dict[str, list[Run]]], found: dict[str, dict[str, np.ndarray]], ends: dict) -> None:
+    """Score of each group: environment, name, step, seeds, mean with its t-interval, and each seed's."""
+    rows = [("environment", "algorithm", "steps", "seeds", "return [95 %]", "each seed")]
+    for env, names in found.items():
+        for name, values in names.items():
+            total = len(envs[env][name])
+            counted = f"{len(values)}" + (f" of {total}" if len(values) < total else "")
+            mean = cell(*t_interval(values)) if len(values) else "-"
+            each = ", ".join(f"{value:.0f}" for value in values) or "-"
+            rows.append((env, name, f"{ends[env]:.0f}", counted, mean, each))
+    markdown(*rows)
+
+
+def print_evaluations(env: str, groups: dict[str, list[Run]]) -> None:
+    """Success in % and return at each evaluation, with t-intervals over seeds."""
+    rows = [(env, "step", "phase", "seeds", "success % [95 %]", "return [95 %]")]
+    for name, runs in groups.items():
+        returns = at_points(runs, "returns")
+        for step, success in at_points(runs, "success").items():
+            mean, *ends = t_interval(100 * success)
+            rate = cell(mean, *np.clip(ends, 0, 100))
+            phase = "offline" if step <= runs[0].offline else "online"
+            rows.append((name, f"{step:.0f}", phase, str(len(success)), rate, cell(*t_interval(returns[step]))))
+    markdown(*rows)
+
+
+def show_statistics(found: dict[str, dict[str, np.ndarray]], style: Style, args: Args) -> None:
+    """Figures and tables over environments; `found` is environment -> name -> scores."""
+    values = matrices(found)
+    if not values:
+        return
+    if "statistics" in args.figures:
+        estimates, ends = bootstrap(values, aggregates, args.reps)
+        rows = {name: [(estimates[name][i], *ends[name][:, i]) for i in range(len(STATISTICS))] for name in values}
+        shown = {title: {name: rows[name][i] for name in values} for i, title in enumerate(STATISTICS)}
+        draw_intervals(shown, args.out, "statistics", {name: style.color(name) for name in values})
+        markdown(("algorithm", *STATISTICS), *((name, *(cell(*row, 2) for row in rows[name])) for name in values))
+    if "profiles" in args.figures:
+        draw_profiles(values, style, args)
+    if "improvement" in args.figures and len(values) > 1:
+        pairs = list(itertools.combinations(values, 2))
+        estimates, ends = bootstrap({pair: [values[name] for name in pair] for pair in pairs}, improvement, args.reps)
+        rows = {f"{a} better than {b}": (estimates[a, b][0], *ends[a, b][:, 0]) for a, b in pairs}
+        colors = {pair: style.color(a) for pair, (a, _) in zip(rows, pairs, strict=True)}
+        draw_intervals({"probability of improvement": rows}, args.out, "improvement", colors)
+        markdown(("", "probability [95 %]"), *((pair, cell(*row, 2)) for pair, row in rows.items()))
+        decided = [(env, a, word, b) for env, groups in found.items() for (a, b), word in adastop(groups).items()]
+        markdown(("environment", "", "AdaStop", ""), *decided)
 
 
 def main() -> None:
-    """Draw the folder named on the command line."""
-    folder = Path(sys.argv[1] if len(sys.argv) == 2 else "")
-    curves = defaultdict(dict)  # script -> seed -> (steps, returns)
-    paths = sorted(folder.glob("*_seed*.csv"))
-    if paths and "success_rate" in paths[0].read_text().splitlines()[0]:
-        return evaluations(folder, paths)
-    for path in paths:
-        script, seed = path.stem.split("_seed")
-        rows = [row for row in csv.DictReader(open(path)) if row.get("kind", "deterministic") == "deterministic"]
-        rows = [(float(row["step"]), float(row["return"])) for row in rows]
-        curves[script][int(seed)] = np.array(rows).T
-    if not curves:
-        sys.exit("plot.py: error: name one folder that holds <script>_seed<n>.csv files")
-    last = max(steps[-1] for runs in curves.values() for steps, _ in runs.values())
-    grid = np.arange(WINDOW, WINDOW * np.ceil(last / WINDOW) + 1, WINDOW / 4)
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    print(f"| script | {' | '.join(f'seed {seed}' for seed in next(iter(curves.values())))} | mean |")
-    for color, (script, runs) in zip(("tab:blue", "tab:orange", "tab:green", "tab:red"), curves.items(), strict=False):
-        values = np.array([smoothed(steps, returns, grid) for steps, returns in runs.values()])
-        axes.plot(grid, values.T, color=color, alpha=0.3, linewidth=0.8)
-        axes.plot(grid, values.mean(0), color=color, linewidth=2, label=f"{script} (mean of {len(runs)} seeds)")
-        finals = " | ".join(f"{value:.0f}" for value in values[:, -1])
-        print(f"| {script} | {finals} | {values[:, -1].mean():.0f} |")
-    axes.set(xlabel="environment steps", ylabel=f"return, mean over {WINDOW} steps", title=folder.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder.with_suffix(".png"), dpi=120)
+    """Draw what the command line names and print the tables."""
+    args = parse_args()
+    plt.rcParams.update({"svg.hashsalt": "sac-flow"})
+    runs = records.read(args.folders, args.training, args.only)
+    style = Style(runs)
+    tasks = by_env([run for run in runs if run.success is not None])
+    for env, groups in tasks.items():
+        if "curves" in args.figures:
+            draw_evaluations(env, groups, style, args.out)
+        print_evaluations(env, groups)
+    envs = by_env([run for run in runs if run.success is None])
+    for kind in ("curves", "time"):
+        if kind in args.figures:
+            draw_all_curves(envs, style, args, kind == "time")
+    ends = {env: args.steps or records.end_of(groups) for env, groups in envs.items()}
+    found = {env: records.scores(groups, ends[env]) for env, groups in envs.items()}
+    if found:
+        print_scores(envs, found, ends)
+    if {"statistics", "profiles", "improvement"} & set(args.figures):
+        show_statistics(found, style, args)
 
 
 if __name__ == "__main__":

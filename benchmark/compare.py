@@ -1,0 +1,110 @@
+"""Did returns or speed fall from A to B? Exit code 1 if one did with confidence, 0 if not.
+
+    python benchmark/compare.py runs/before runs/after
+
+A and B are folders of runs, or of benchmark/results/, with the same environments and algorithms: several seeds of each,
+and for the speed from the same machine, as idle. The return of a run is its mean over the last tenth of the steps that
+both have reached, its speed that of their second half, which leaves compilation out. Intervals are Welch's, of the
+difference of means: of returns, and of the logarithms of the speeds. With m of them each has confidence 1 - (1 - 0.95)
+/ m, so that a false alarm is no likelier with many than with one.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Optional
+
+import numpy as np
+import records
+import tyro
+from records import Run, by_env, fail, note
+
+try:
+    from scipy import stats
+except ImportError:
+    fail("needs scipy: pip install -r benchmark/requirements.txt")
+
+
+@dataclass
+class Args:
+    """Flags of the command line."""
+
+    a: Annotated[Path, tyro.conf.Positional]
+    """folder of the runs before"""
+    b: Annotated[Path, tyro.conf.Positional]
+    """folder of the runs after"""
+    training: bool = False
+    """compare the returns of training episodes in place of evaluations"""
+    confidence: float = 0.95
+    """that no fall is reported where there is none, in all comparisons together"""
+
+
+def welch(a: np.ndarray, b: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    """mean(b) - mean(a) of samples (N,) and (M,) of two or more, and the ends of Welch's interval."""
+    parts = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    difference = b.mean() - a.mean()
+    if not sum(parts):
+        return difference, difference, difference
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
+    half = stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(sum(parts))
+    return difference, difference - half, difference + half
+
+
+def speed(run: Run, end: float) -> Optional[float]:
+    """Steps per second in the second half of the steps before `end`; None if a run has no times there."""
+    inside = (run.steps >= end / 2) & (run.steps <= end)
+    if run.seconds is None or inside.sum() < 2:
+        return None
+    elapsed = np.ptp(run.seconds[inside])
+    return np.ptp(run.steps[inside]) / elapsed if elapsed else None
+
+
+def samples(a: list[Run], b: list[Run]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What is compared of two groups, "return" and "steps/s": values of A and of B, one per seed."""
+    end = min(records.end_of({"": runs}) for runs in (a, b))
+    returns = [records.scores({"": runs}, end)[""] for runs in (a, b)]
+    speeds = [np.array([value for run in runs if (value := speed(run, end))]) for runs in (a, b)]
+    return {"return": tuple(returns), "steps/s": tuple(speeds)}
+
+
+def main() -> None:
+    """Compare the folders of the command line and print a table."""
+    args = tyro.cli(Args, description=__doc__)
+    if not 0 < args.confidence < 1:
+        fail(f"--confidence must be between 0 and 1, not {args.confidence}")
+    if args.a.resolve() == args.b.resolve():
+        fail(f"{args.a} twice: name the runs before and those after")
+    before, after = (by_env(records.read([folder], args.training)) for folder in (args.a, args.b))
+    groups = [{(env, name) for env in envs for name in envs[env]} for envs in (before, after)]
+    if not groups[0] & groups[1]:
+        fail(f"{args.a} and {args.b} have no algorithm on the same environment")
+    for env, name in sorted(groups[0] ^ groups[1]):
+        note(f"{name} on {env} is only in {args.a if (env, name) in groups[0] else args.b}")
+    found = {}  # (environment, algorithm, what) -> values of A, values of B
+    for env, name in sorted(groups[0] & groups[1]):
+        for what, (a, b) in samples(before[env][name], after[env][name]).items():
+            if min(len(a), len(b)) > 1:
+                found[env, name, what] = a, b
+            else:
+                note(f"{env}, {name}: {what} of {len(a)} and {len(b)} seeds cannot be compared, two of each are needed")
+    fell = False
+    print("| environment | algorithm | | A | B | B - A, interval | |\n|---|---|---|---|---|---|---|")
+    for (env, name, what), (a, b) in found.items():
+        confidence = 1 - (1 - args.confidence) / len(found)
+        if what == "return":
+            ends = welch(a, b, confidence)
+            shown = "{:.0f} [{:.0f}, {:.0f}]".format(*ends)
+        else:
+            ends = welch(np.log(a), np.log(b), confidence)
+            shown = "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*(100 * math.expm1(end) for end in ends))
+        falls = ends[2] < 0
+        fell = fell or falls
+        means = " | ".join(
+            f"{values.mean():.{0 if what == 'return' else 1}f} ({len(values)} seeds)" for values in (a, b)
+        )
+        print(f"| {env} | {name} | {what} | {means} | {shown} | {'fell' if falls else ''} |")
+    raise SystemExit(int(fell))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Runs as plot.py and compare.py read them, and the name and colour that an algorithm has in every figure.
+
+Two kinds of folders are read as they are: those of runs, which hold args.json with eval.csv or returns.csv, and those
+of benchmark/results/, whose files are named <environment>/<label>_seed<n>[_eval|_returns].csv.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn, Optional
+
+import numpy as np
+
+NAMES = {  # what names of files, folders and scripts hold -> the algorithm
+    "sac_flow_g": "Flow-G",
+    "sac_flow_t": "Flow-T",
+    "sac_flow_naive": "Plain flow",
+    "sac_gaussian": "Gaussian",
+    "gated": "Flow-G",
+    "decoded": "Flow-T",
+    "plain": "Plain flow",
+}
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
+COLORS = {"Flow-G": "#0072B2", "Flow-T": "#D55E00", "Plain flow": "#009E73", "Gaussian": "#4D4D4D"}
+OTHER_COLORS = ("#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", ":", "-.")  # of one algorithm with different flags
+
+# Return that counts as 0 and as 1 where returns of several environments are put together. The first four are D4RL's, of
+# a random policy and of a trained SAC. Humanoid-v4: 121 is the mean of 200 episodes of uniformly random actions, 10 000
+# what is quoted for SAC Flow after a million steps.
+RANGES = {
+    "Hopper-v4": (-20.272305, 3234.3),
+    "Walker2d-v4": (1.629008, 4592.3),
+    "HalfCheetah-v4": (-280.178953, 12135.0),
+    "Ant-v4": (-325.6, 3879.7),
+    "Humanoid-v4": (121.0, 10_000.0),
+}
+
+# Flags in which runs of one group may differ.
+NO_VARIANT = set(
+    "env_id seed total_timesteps offline_steps online_steps run_name resume evaluate cuda compile capture_video track"
+    " save_every eval_every eval_episodes dataset collect files velocity".split()
+)
+AVERAGE = "0.995"  # the default of --actor-average: what is read of files that evaluate several averages
+
+
+@dataclass
+class Run:
+    """What is known of a run; all arrays are (N,), one entry per evaluation or training episode."""
+
+    path: Path
+    """the file"""
+    env: str
+    """environment"""
+    algorithm: str
+    """Flow-G and so on; for others the label of their files"""
+    variant: list[str]
+    """what sets it apart from other runs of this algorithm"""
+    seed: int
+    steps: np.ndarray
+    returns: np.ndarray
+    seconds: Optional[np.ndarray] = None
+    """time spent training"""
+    success: Optional[np.ndarray] = None
+    """share of the episodes, offline to online"""
+    offline: float = 0.0
+    """the last step of the offline phase"""
+    flags: dict = field(default_factory=dict)
+    """of args.json"""
+    root: Path = Path()
+    """the folder that was named"""
+
+    @property
+    def name(self) -> str:
+        """What it is called in figures and tables: runs of one environment and name differ in their seed alone."""
+        return " ".join([self.algorithm, *self.variant])
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line on standard error and exit code 2."""
+    print(f"{Path(sys.argv[0]).stem}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def note(message: str) -> None:
+    """A line on standard error."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = (), together: bool = True) -> list[Run]:
+    """All runs below the folders, sorted by environment, algorithm, variant and seed.
+
+    Evaluations, or training episodes with `training`; with `only` files whose path has one of these texts. What cannot
+    be read is noted in one line. Stops the program if nothing is left.
+    """
+    runs = []
+    left_out = defaultdict(list)  # why -> files
+    for folder in folders:
+        if not folder.is_dir():
+            fail(f"{folder} is no folder: name folders of runs/ or of benchmark/results/")
+        for path in sorted(folder.resolve().rglob("*.csv")):
+            if only and not any(text in str(path) for text in only):
+                continue
+            try:
+                run = read_run(path, training)
+            except ValueError as error:
+                left_out[str(error)].append(path)
+                continue
+            run.root = folder
+            runs.append(run)
+    for why, paths in left_out.items():
+        note(f"left out, {why}: {len(paths)} file{'s' * (len(paths) > 1)} such as {paths[0].name}")
+    if not runs:
+        missing, instead = ("training episodes", "drop --training") if training else ("evaluations", "try --training")
+        fail(f"no {missing} in {' '.join(map(str, folders))}: {instead}, or name other folders")
+    set_variants(runs)
+    runs = unique(runs)
+    order = [*COLORS, *sorted({run.algorithm for run in runs} - set(COLORS))]
+    return sorted(runs, key=lambda run: (run.env, order.index(run.algorithm), run.name, run.seed))
+
+
+def read_run(path: Path, training: bool) -> Run:
+    """The run behind a CSV file. Raises ValueError, with the reason, for one that is not to be read."""
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        columns = set(reader.fieldnames or [])
+        rows = [row for row in reader if None not in row.values()]  # a run that goes on may have written half a line
+    if not {"step", "return"} <= columns:
+        raise ValueError("without the columns step and return")
+    if training == bool({"kind", "weights", "success_rate"} & columns):
+        raise ValueError("evaluations" if training else "training episodes (draw them with --training)")
+    run = identify(path)
+    if "weights" in columns:
+        rows = [row for row in rows if row["weights"] == AVERAGE]
+    deterministic = [row for row in rows if row.get("kind") == "deterministic"]
+    rows = deterministic or rows
+    if not rows:
+        raise ValueError("without a row")
+    wanted = {"step", "return", "seconds", "success_rate"} & columns
+    try:
+        table = {name: np.array([float(row[name]) for row in rows]) for name in wanted}
+    except ValueError:
+        raise ValueError("with entries that are no numbers") from None
+    order = np.argsort(table["step"], kind="stable")
+    table = {name: values[order] for name, values in table.items()}
+    run.steps, run.returns = table["step"], table["return"]
+    run.seconds, run.success = table.get("seconds"), table.get("success_rate")
+    run.offline = max((float(row["step"]) for row in rows if row.get("phase") == "offline"), default=0.0)
+    return run
+
+
+def identify(path: Path) -> Run:
+    """Environment, algorithm, variant and seed of a file, without its rows. Raises ValueError for an unknown one."""
+    none = np.array([])
+    if (path.parent / "args.json").exists():
+        try:
+            flags = json.loads((path.parent / "args.json").read_text())
+            env, seed, velocity = flags["env_id"], flags["seed"], flags.get("velocity")
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError("whose args.json is not one of this project's") from None
+        return Run(path, env, NAMES[velocity or script_of(path.parent)], [], seed, none, none, flags=flags)
+    match = re.fullmatch(r"(.+)_seed(\d+)(_.+?)??(?:_eval|_returns)?", path.stem)
+    if not match:
+        raise ValueError("without a seed in the name")
+    label = match[1] + (match[3] or "")
+    known = re.search(rf"(?:^|_)({'|'.join(NAMES)})(?=_|$)", label)
+    algorithm = NAMES[known[1]] if known else label
+    rest = label[: known.start()] + label[known.end() :] if known else ""
+    env = {name.lower(): name for name in RANGES}.get(path.parent.name, path.parent.name)
+    return Run(path, env, algorithm, list(filter(None, rest.split("_"))), int(match[2]), none, none)
+
+
+def script_of(folder: Path) -> str:
+    """The script behind a run's folder: from its name, or a policy or checkpoint in it. Raises ValueError."""
+    if match := re.search("|".join(name for name in NAMES if name.startswith("sac")), folder.name):
+        return match[0]
+    for path in (folder / "policy.pt", folder / "checkpoint.pt"):
+        if path.exists():
+            import torch  # here, because few folders need it
+
+            script = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("script")
+            if script in NAMES:
+                return script
+    raise ValueError("whose script neither the folder's name nor a checkpoint tells")
+
+
+def set_variants(runs: list[Run]) -> None:
+    """Say in `variant` what tells groups apart: flags that differ, parts of files' names that not all have.
+
+    And the folder, if the same run is in two of them.
+    """
+    scripts = defaultdict(list)  # a script is known by its flags
+    for run in runs:
+        scripts[run.algorithm, *sorted(run.flags)].append(run)
+    for (_, *keys), alike in scripts.items():
+        for key in [key for key in keys if key not in NO_VARIANT]:
+            if len({json.dumps(run.flags[key]) for run in alike}) > 1:
+                for run in alike:
+                    run.variant.append(f"{key.replace('_', '-')}={run.flags[key]}")
+    shared = set.intersection(*(set(run.variant) for run in runs))
+    for run in runs:
+        run.variant = [part for part in run.variant if part not in shared]
+    keys = defaultdict(set)
+    for run in runs:
+        keys[run.env, run.name, run.seed].add(run.root)
+    if any(len(roots) > 1 for roots in keys.values()):
+        for run in runs:
+            run.variant.append(run.root.resolve().name)
+
+
+def unique(runs: list[Run]) -> list[Run]:
+    """One run of each environment, name, seed and folder, the longest; the others are noted."""
+    longest = {}
+    for run in sorted(runs, key=lambda run: run.steps[-1]):
+        key = run.env, run.name, run.seed, run.root
+        if key in longest:
+            kept = f"{run.path.parent.name}/{run.path.name}"
+            note(f"{longest[key].path.parent.name}/{longest[key].path.name} left out: {kept} is the same, and longer")
+        longest[key] = run
+    return list(longest.values())
+
+
+def by_env(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
+    """Runs of each environment and name, in their order."""
+    envs = {}
+    for run in runs:
+        envs.setdefault(run.env, {}).setdefault(run.name, []).append(run)
+    return envs
+
+
+def file_name(env: str) -> str:
+    """An environment's name as that of a file."""
+    return re.sub(r"[^\w.-]+", "_", env.lower())
+
+
+def end_of(groups: dict[str, list[Run]]) -> float:
+    """The step at which runs of one environment are compared: half or more of each group's runs have reached it."""
+    return min(sorted(run.steps[-1] for run in runs)[(len(runs) - 1) // 2] for runs in groups.values())
+
+
+def score(run: Run, end: float) -> Optional[float]:
+    """Mean return over the last tenth of the steps before `end`; None, with a note, if the run stopped before that."""
+    inside = (run.steps > 0.9 * end) & (run.steps <= end)
+    if inside.any():
+        return float(run.returns[inside].mean())
+    where = f"{run.name}, seed {run.seed}, {run.env}"
+    note(f"{where} has nothing from step {0.9 * end:.0f} to {end:.0f} (its last is {run.steps[-1]:.0f}): not counted")
+    return None
+
+
+def scores(groups: dict[str, list[Run]], end: Optional[float] = None) -> dict[str, np.ndarray]:
+    """Scores (N,) of each group's runs of one environment, in the order of their seeds, without those that stopped."""
+    end = end or end_of(groups)
+    found = {name: [score(run, end) for run in runs] for name, runs in groups.items()}
+    return {name: np.array([value for value in values if value is not None]) for name, values in found.items()}
