@@ -289,6 +289,26 @@ def test_clipped_gradients_never_grow_on_the_way_back(variant):
     assert (free[0] > 1.1 * free[K]).float().mean() > 0.5
 
 
+def test_clipped_gradients_are_limited_in_compiled_updates(monkeypatch):
+    """As the program compiles them; the gradients of the limited and of the free rollout are far apart."""
+    config = torch._dynamo.config
+    monkeypatch.setattr(config, "trace_autograd_ops", config.trace_autograd_ops)  # put back after the test
+    jit = sac_flow_naive.find_compiler(torch.device("cpu"))
+    actor, critics = make_actor("clipped").eval(), make_critics().eval()
+    for parameter in actor.velocity_net.parameters():
+        parameter.data *= 8
+    inputs = actor, critics, torch.randn(64, 5), actor.noise(64), 0.1
+    eager = sac_flow_naive.with_gradients(sac_flow_naive.actor_loss, actor)
+    *_, limited = eager(*inputs)
+    *_, compiled = jit(sac_flow_naive.with_gradients(sac_flow_naive.actor_loss, actor))(*inputs)
+    torch.testing.assert_close(compiled, limited, rtol=1e-3, atol=1e-5)
+    actor.clipped = False
+    *_, free = eager(*inputs)
+    names = [name for name, _ in actor.named_parameters()]
+    i = names.index("velocity_net.from_action.weight")
+    assert free[i].norm() > 1.5 * limited[i].norm()
+
+
 # --- norms ---
 
 
