@@ -1,0 +1,399 @@
+"""The paper's ablation, one difference at a time: from the plain velocity as it is here to the authors' naive control.
+
+The authors' naive control differs from their Flow-G in more than the gate. Each variant adds one of the differences to
+the one before it, or takes one away, so that a run shows which of them makes gradients grow or returns collapse:
+
+    plain            sac_flow_naive.py
+    sigma            + sigma(s, A, t) from the velocity's hidden layer; noise without sqrt(dt), and no score
+    renorm           + BatchRenorm over (s, A) in place of s
+    time             + BatchRenorm over (s, A, t): the number t in place of its sines and cosines beside
+    authors          + their widths and initialisation, ReLU 2 x 512 with LeCun's: their naive control
+    authors-no-time  authors, the number t beside their BatchRenorm
+    flow-g           sac_flow_g.py
+    flow-g-time      flow-g with BatchRenorm over (s, t): the number t in place of its sines and cosines beside
+    clipped          plain, the same forward pass, and a backward pass in which no |dL/dA_i| exceeds |dL/dA_{i+1}|
+    authors-clipped  authors with that backward pass
+
+    python benchmark/controls/ablation.py --variant renorm --env-id Ant-v4
+
+Flags, files, --resume and --evaluate are those of sac_flow_naive.py, whose main() trains. --velocity-dim is the width
+of every hidden layer, in Flow-G of gate and candidate together. A run also leaves norms.csv: the mean of |dL/dA_i| over
+a batch, normalised by the batch, as the actor's update sees it, and by the running statistics, as the acting policy is.
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "controls")]
+
+import sac_flow_naive as naive  # noqa: E402
+
+import sac_flow_g as flow_g  # noqa: E402
+
+# What `main` puts others in place of, which call them.
+naive_parse_args = naive.parse_args
+naive_make_networks = naive.make_networks
+naive_progress = naive.Progress
+make_env = naive.make_env  # which sweep.py tries
+
+
+class Limit(torch.autograd.Function):
+    """A_i, unchanged; on the way back its gradient is scaled down, row by row, to the norm of A_{i+1}'s.
+
+    That norm comes back along the path as the "gradient" of a second output, a (B, 1) of zeros that the next step hands
+    on: so nothing is kept outside of the graph, and the compiler can trace it.
+    """
+
+    @staticmethod
+    def forward(ctx, a, link):
+        return a.view_as(a), link.view_as(link)
+
+    @staticmethod
+    def backward(ctx, gradient, next_norm):
+        norm = gradient.norm(dim=1, keepdim=True)
+        kept = torch.minimum(norm, next_norm)
+        return gradient * (kept / norm.clamp(min=1e-30)), kept
+
+
+class LimitStart(torch.autograd.Function):
+    """A_K, unchanged; on the way back the norm of its gradient is what limits that of A_{K-1}."""
+
+    @staticmethod
+    def forward(ctx, a, link):
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient.norm(dim=1, keepdim=True)
+
+
+class Stepwise:
+    """Mixin for an actor: the scripts' rollout, with velocity and sigma of each step from `velocity_and_sigma`."""
+
+    under = "s"
+    """which of s, A and t go through the BatchRenorm, side by side: once per rollout if s alone, else at every step"""
+    clipped = False
+    """whether |dL/dA_i| is limited to |dL/dA_{i+1}|, for each row of the batch"""
+
+    def prepare(self, obs):
+        """What the K steps share: the observation, normalised if it is alone under the BatchRenorm."""
+        return self.norm(obs) if self.under == "s" else obs
+
+    def inputs(self, t, a, obs):
+        """s, A and t as the networks take them, (B, .) each, given what `prepare` returned."""
+        parts = {"s": obs, "A": a, "t": torch.ones_like(a[:, :1]) * t}
+        if self.under != "s":
+            widths = [parts[name].shape[1] for name in self.under]
+            normalised = self.norm(torch.cat([parts[name] for name in self.under], dim=1))
+            parts |= zip(self.under, normalised.split(widths, dim=1), strict=True)
+        return parts["s"], parts["A"], parts["t"]
+
+    def velocity_and_sigma(self, t, a, shared):
+        """Both (B, D) at flow time t (float or (B, 1)), given what `prepare` returned."""
+        raise NotImplementedError
+
+    def velocity(self, t, a, obs):
+        """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
+        return self.velocity_and_sigma(t, a, self.prepare(obs))[0]
+
+    def rollout(self, obs, noise):
+        """Sample actions and the density of their paths: shapes and errors as in sac_flow_g.py."""
+        expected = (self.flow_steps + 1, obs.shape[0], self.action_dim)
+        if obs.shape[1:] != (self.obs_dim,) or noise.shape != expected:
+            shapes = f"{tuple(obs.shape)} and {tuple(noise.shape)}"
+            raise ValueError(f"rollout takes obs (B, {self.obs_dim}) and noise {expected}, not {shapes}")
+        shared = self.prepare(obs)
+        path, log_deviations = [noise[0]], 0.0
+        link = torch.zeros_like(noise[0, :, :1])
+        for i in range(self.flow_steps):
+            a = path[i]
+            if self.clipped:
+                a, link = Limit.apply(a, link)
+            v, sigma = self.velocity_and_sigma(i / self.flow_steps, a, shared)
+            mean, deviation = self.step(i, a, v, sigma)
+            path.append(mean + deviation * noise[i + 1])
+            log_deviations = log_deviations + deviation.log()
+        end = LimitStart.apply(path[-1], link) if self.clipped else path[-1]
+        return *self.density(noise, log_deviations, end), path
+
+    def density(self, noise, log_deviations, end):
+        """Action (B, D) and log p_c (B,) of paths that end in A_K = `end`, as in sac_flow_g.py.
+
+        Standardised, A_{i+1} given A_i is noise[i+1], whatever mean and deviation depend on.
+        """
+        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - log_deviations
+        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - end - F.softplus(-2 * end))
+        return torch.tanh(end) * self.scale + self.bias, log_prob.sum(1)
+
+
+def bounded(log_sigma):
+    """exp of a network's output bounded to [-5, 2], as in the scripts."""
+    return torch.exp(-1.5 + 3.5 * torch.tanh(log_sigma))
+
+
+def number(inputs: int, dim: int) -> nn.Linear:
+    """A layer's part that takes t as a number, drawn as one of the layer's `inputs` columns would be."""
+    column = nn.Linear(1, dim, bias=False)
+    nn.init.uniform_(column.weight, -(inputs**-0.5), inputs**-0.5)
+    return column
+
+
+class Clipped(Stepwise, naive.Actor):
+    """sac_flow_naive.py's actor, its backward pass limited."""
+
+    clipped = True
+
+    def prepare(self, obs):
+        obs = self.norm(obs)
+        return self.velocity_net.encode(obs), bounded(self.sigma_net(obs))
+
+    def velocity_and_sigma(self, t, a, shared):
+        features, sigma = shared
+        return self.velocity_net(t, a, features), sigma
+
+
+class Sigma(Stepwise, naive.Actor):
+    """Velocity and log sigma from one network of (s, A, t); A_{i+1} = A_i + dt v + sigma eps."""
+
+    def __init__(
+        self, obs_dim: int, action_low, action_high, *, dim: int = 512, renorm=lambda dim: nn.Identity(), **sizes
+    ):  # fmt: skip
+        super().__init__(obs_dim, action_low, action_high, dim=dim, **sizes)
+        del self.sigma_net
+        self.norm = renorm(sum({"s": obs_dim, "A": self.action_dim, "t": 1}[name] for name in self.under))
+        self.velocity_net = self.network(obs_dim, dim)
+        # The same in every variant: near 0 for K = 4, as theirs.
+        plain = naive.Actor(obs_dim, action_low, action_high, flow_steps=self.flow_steps)
+        self.target_entropy = plain.target_entropy
+
+    def network(self, obs_dim: int, dim: int) -> nn.Module:
+        """The plain velocity's, with twice the outputs."""
+        network = naive.Velocity(obs_dim, self.action_dim, dim)
+        network.out = nn.Linear(dim, 2 * self.action_dim)
+        return network
+
+    def velocity_and_sigma(self, t, a, shared):
+        obs, a, t = self.inputs(t, a, shared)
+        v, log_sigma = self.velocity_net(t, a, self.velocity_net.encode(obs)).chunk(2, dim=1)
+        return v, bounded(log_sigma)
+
+    def step(self, i: int, a, v, sigma):
+        """Mean and standard deviation of A_{i+1} given a = A_i: no score, and no sqrt(dt)."""
+        return a + v / self.flow_steps, sigma
+
+
+class Renorm(Sigma):
+    """`Sigma` with A under the BatchRenorm."""
+
+    under = "sA"
+
+
+class Time(Renorm):
+    """`Renorm` with t under it: constant within a batch, it is 0 in training, and up to +-12 by running statistics."""
+
+    under = "sAt"
+
+    def network(self, obs_dim: int, dim: int) -> nn.Module:
+        network = super().network(obs_dim, dim)
+        network.from_time = number(obs_dim + self.action_dim + 1, dim)
+        return network
+
+
+class AuthorsNetwork(nn.Module):
+    """MLP of (s, A, t) with two hidden ReLU layers, LeCun's initialisation and biases of 0."""
+
+    def __init__(self, obs_dim: int, action_dim: int, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim + action_dim + 1, dim), nn.ReLU(),
+            nn.Linear(dim, dim), nn.ReLU(),
+            nn.Linear(dim, 2 * action_dim),
+        )  # fmt: skip
+        for layer in self.net[::2]:
+            # Flax's lecun_normal: cut off at two deviations, and widened to have variance 1 / inputs all the same.
+            deviation = layer.in_features**-0.5 / 0.87962566
+            nn.init.trunc_normal_(layer.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+            nn.init.zeros_(layer.bias)
+
+    def encode(self, obs):
+        return obs
+
+    def forward(self, t, a, features):
+        """(B, 2 D) at flow time t (B, 1) and A (B, D)."""
+        return self.net(torch.cat([features, a, t], dim=1))
+
+
+class Authors(Time):
+    """`Time` with the authors' network."""
+
+    def network(self, obs_dim: int, dim: int) -> nn.Module:
+        return AuthorsNetwork(obs_dim, self.action_dim, dim)
+
+
+class AuthorsNoTime(Authors):
+    """`Authors` with t beside the BatchRenorm."""
+
+    under = "sA"
+
+
+class AuthorsClipped(Authors):
+    """`Authors`, its backward pass limited."""
+
+    clipped = True
+
+
+class FlowGTime(Stepwise, flow_g.Actor):
+    """sac_flow_g.py's actor with t under the BatchRenorm."""
+
+    under = "st"
+
+    def __init__(
+        self, obs_dim: int, action_low, action_high, *, dim: int = 256, renorm=lambda dim: nn.Identity(), **sizes
+    ):  # fmt: skip
+        super().__init__(obs_dim, action_low, action_high, dim=dim, **sizes)
+        self.norm = renorm(obs_dim + 1)
+        self.velocity_net.from_time = number(obs_dim + self.action_dim + 1, 2 * dim)
+
+    def velocity_and_sigma(self, t, a, shared):
+        obs, a, t = self.inputs(t, a, shared)
+        return self.velocity_net(t, a, self.velocity_net.encode(obs)), bounded(self.sigma_net(obs))
+
+
+VARIANTS = {
+    "plain": naive.Actor,
+    "sigma": Sigma,
+    "renorm": Renorm,
+    "time": Time,
+    "authors": Authors,
+    "authors-no-time": AuthorsNoTime,
+    "flow-g": flow_g.Actor,
+    "flow-g-time": FlowGTime,
+    "clipped": Clipped,
+    "authors-clipped": AuthorsClipped,
+}
+
+
+@dataclass
+class Args(naive.Args):
+    """Flags of the command line: those of sac_flow_naive.py and two."""
+
+    variant: Literal[tuple(VARIANTS)] = "plain"
+    """what is trained: see above"""
+    norms_every: int = 1_000
+    """critic updates between two measurements of the gradient norms for norms.csv; 0: none"""
+
+
+@dataclass
+class Progress(naive.Progress):
+    """How far a run has come: with the rows of norms.csv."""
+
+    rows: dict = field(
+        default_factory=lambda: {
+            **naive_progress().rows,
+            "norms.csv": [["step", "statistics", "i", "grad_norm", "seconds"]],
+        }
+    )
+
+
+def parse_args() -> tuple[Args, Optional[dict]]:
+    """As the script's; stops the program if a flag would undo what a variant is."""
+    args, checkpoint = naive_parse_args()
+    if not args.crossq:
+        naive.fail("--no-crossq leaves no BatchRenorm, which the variants are about: drop the flag")
+    if args.norms_every < 0:
+        naive.fail(f"--norms-every must be 0 or more, not {args.norms_every}")
+    if args.variant.startswith("flow-g") and args.velocity_dim % 2:
+        naive.fail(
+            f"--velocity-dim must be even, half for the gate and half for the candidate, not {args.velocity_dim}"
+        )
+    if issubclass(VARIANTS[args.variant], Sigma):
+        if args.score_step == "euler":
+            naive.fail(f"--score-step euler: variant {args.variant} has no score; drop the flag")
+        args = replace(args, score_step="none")
+    return args, checkpoint
+
+
+def make_actor(args: Args, obs_dim: int, action_low, action_high) -> naive.Actor:
+    """The actor of the variant."""
+    dim = args.velocity_dim // 2 if args.variant.startswith("flow-g") else args.velocity_dim
+    return VARIANTS[args.variant](
+        obs_dim, action_low, action_high, flow_steps=args.flow_steps, score_step=args.score_step,
+        sigma_dim=args.sigma_dim, renorm=naive.renorm_of(args), dim=dim,
+    )  # fmt: skip
+
+
+def batches_per_update(actor: naive.Actor) -> int:
+    """How many batches the actor's BatchRenorm sees in an update of the actor: one, or one at each of the K steps."""
+    return 1 if getattr(actor, "under", "s") == "s" else actor.flow_steps
+
+
+def make_networks(args: Args, env, device: torch.device):
+    """As the script's; says when the BatchRenorms switch, and leaves with `Run` what it measures."""
+    networks = naive_make_networks(args, env, device)
+    actor, _, critics, _, buffer = networks
+    Run.measured = actor, critics, buffer, env, device
+    batches = batches_per_update(actor)
+    seen = "a batch" if batches == 1 else f"{batches} batches"
+    actors_end = args.learning_starts + -(-args.renorm_warmup // batches) * args.actor_delay
+    critics_end = args.learning_starts + args.renorm_warmup
+    print(
+        f"the actor's BatchRenorm sees {seen} per update of the actor: its warm-up ends at step {actors_end},"
+        f" that of the critics' at step {critics_end}",
+        file=sys.stderr,
+    )
+    return networks
+
+
+def gradient_norms(actor, critics, obs, noise, alpha, statistics: str):
+    """Mean over the batch of |dL/dA_i|, (K+1,), L the actor's loss, normalised by `statistics`: "batch" or "running".
+
+    In copies, so that no running statistics move.
+    """
+    actor = copy.deepcopy(actor).train(statistics == "batch")
+    critics = copy.deepcopy(critics).eval()
+    loss, _, *path = naive.actor_loss(actor, critics, obs, noise.detach().requires_grad_(), alpha)
+    gradients = torch.stack(torch.autograd.grad(len(obs) * loss, path))  # (K+1, B, D), the mean of the loss undone
+    return gradients.norm(dim=2).mean(1)
+
+
+class Run(naive.Run):
+    """A run that also writes norms.csv. Neither training nor its clock notices."""
+
+    def log_update(self, losses: torch.Tensor) -> None:
+        super().log_update(losses)
+        if not self.args.norms_every or self.progress.updates % self.args.norms_every:
+            return
+        actor, critics, buffer, env, device = self.measured
+        alpha = losses[naive.LOSSES.index("alpha")]  # of the actor's latest update
+        with self.paused(), naive.fork_random(self.args.seed + self.progress.step, device, env):
+            obs, *_ = buffer.sample(self.args.batch_size)
+            noise = actor.noise(self.args.batch_size)
+            norms = {kind: gradient_norms(actor, critics, obs, noise, alpha, kind) for kind in ("batch", "running")}
+        for kind, values in norms.items():
+            for i, norm in enumerate(values.tolist()):
+                self.write_row("norms.csv", kind, i, f"{norm:.5g}")
+
+
+def main() -> None:
+    """sac_flow_naive.py's, with what differs in place of its own."""
+    own = dict(SCRIPT=Path(__file__).stem, __doc__=__doc__, Args=Args, Progress=Progress, Run=Run)
+    own |= dict(parse_args=parse_args, make_actor=make_actor, make_networks=make_networks)
+    vars(naive).update(own)
+    naive.main()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:  # a run has its own way to stop
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
