@@ -5,7 +5,6 @@ Q, so that nothing but the policy is measured. Plain, gated (Flow-G) and decoded
 are trained by the scripts' own `actor_loss`, with alpha fixed and the scripts' own sizes and optimizer.
 
     python benchmark/measurements/bandit.py --out benchmark/results/bandit
-    python benchmark/measurements/bandit.py --rewards edges comb --flow-steps 8 --alphas 0.005 0.02 --seeds 3
 
 Rewards, their highest values near 1:
   modes     two equal bumps, at -0.5 and 0.5: SAC's optimum for the action's entropy has half of the actions at each
