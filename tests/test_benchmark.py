@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import json
+import math
 import subprocess
 from functools import partial
 
@@ -71,13 +73,96 @@ def test_speed_measures_a_script(tmp_path):
 
 
 def test_notebook_runs_from_top_to_bottom():
+    """Its numbers are what the formulas beside them say, and what it is stored with."""
     import nbclient
     import nbformat
 
-    notebook = nbformat.read(ROOT / "benchmark" / "rnn_equivalence.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=170, resources={"metadata": {"path": ROOT / "benchmark"}}).execute()
-    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    assert "the hidden states of the RNN are the path of the flow" in printed
+    path = ROOT / "benchmark" / "rnn_equivalence.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    stored = numbers_of(notebook)
+    assert path.stat().st_size < 1.5e6
+    assert sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in outputs(cell)) == 5
+    nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": ROOT / "benchmark"}}).execute()
+    numbers = numbers_of(notebook)
+
+    for k, measured in numbers["scalar"].items():
+        k = int(k)
+        euler = math.prod(1 - 0.5 / (k - i) for i in range(k))
+        expected = [(1 + 3 / k) ** k, (1 - 0.993 / k) ** k, math.exp(-0.5), euler]
+        assert measured == pytest.approx(expected, rel=1e-4)
+    for s, product in numbers["product_is_s"].items():
+        assert product == pytest.approx(float(s), rel=0.02)
+    for below, least, largest, log_norm, norm in numbers["bounds"].values():
+        assert below <= least <= largest <= min(log_norm, norm)
+    assert numbers["bounds"]["Flow-G x 1.0"][3] < 1 < numbers["bounds"]["Flow-G x 1.0"][4]  # one sees the gate
+
+    matched = numbers["matched"]
+    plain = matched["plain flow, weights x 5"]
+    assert matched["Flow-T x 5, as fast at the noise"][0] == pytest.approx(plain[0], rel=0.01)
+    assert matched["Flow-T x 5, as fast on the path"][1] == pytest.approx(plain[1], rel=0.01)
+    growth = {name: row[-1] for name, row in matched.items()}
+    assert growth["Flow-T x 5, as fast at the noise"] < 2 and min(plain[-1], growth["Flow-G, weights x 5"]) > 20
+    assert 4 < growth["Flow-T x 5, as fast on the path"] < plain[-1] / 2  # steep as it is, it grows, but less
+
+    narrow, wide = numbers["entropies"]["onto one narrow mode"], numbers["entropies"]["onto two wide modes"]
+    assert narrow[:2] == pytest.approx([wide[1], wide[1]], abs=0.05) and wide[2] > narrow[2] + 2
+    assert numbers["gradient, without the squash"] == 0 < numbers["gradient, the squash"]
+
+    assert max(numbers["toys"].values()) < 2.5
+    fit = numbers["fit"]
+    for policy in ("plain", "clipped", "gated"):
+        assert fit[f"wide, {policy}"][1] == pytest.approx(10, rel=0.1)
+    assert fit["far, plain"][0] < fit["far, clipped"][0] and fit["far, plain"][1] > 5
+
+    for name in ("scalar", "product_is_s", "bounds", "matched", "entropies", "toys", "bandit"):
+        assert flat(numbers[name]) == pytest.approx(flat(stored[name]), rel=0.05, abs=1e-3), name
+
+
+def outputs(cell) -> list:
+    """What a cell of a notebook has put out."""
+    return cell.get("outputs", [])
+
+
+def numbers_of(notebook) -> dict:
+    """What the notebook's last cell prints: everything that it measured."""
+    return json.loads(outputs(notebook.cells[-1])[0]["text"])
+
+
+def flat(values) -> list:
+    """The numbers of nested dicts and lists, in their order."""
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list):
+        return [values]
+    return [number for value in values for number in flat(value)]
+
+
+def test_bandit(tmp_path):
+    few = ["--policies", "plain", "clipped", "gaussian", "--flow-steps", 2, "--alphas", 0.01, 0.5, "--seeds", 2]
+    done = program("bandit", tmp_path, *few, "--updates", 100, "--batch-size", 32, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(open(tmp_path / "out" / "modes.csv")))
+    assert [row["policy"] for row in rows] == 4 * ["plain"] + 4 * ["clipped"] + 4 * ["gaussian"]
+    assert {(row["alpha"], row["seed"]) for row in rows} == {("0.01", "1"), ("0.01", "2"), ("0.5", "1"), ("0.5", "2")}
+    assert {row["growth"] for row in rows[8:]} == {"1"} and "1" not in {row["growth"] for row in rows[:8]}
+    for first, second in zip(rows[::4], rows[2::4], strict=True):  # of one seed: the larger alpha asks for noise
+        assert float(first["path_entropy"]) < float(second["path_entropy"])
+    for flag, value in (("--alphas", 0), ("--flow-steps", 0), ("--seeds", 0), ("--out", "/dev/null/x")):
+        done = program("bandit", tmp_path, flag, value)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and flag in done.stderr
+
+
+def test_bandit_clips_the_backward_pass_alone():
+    """No |dL/dA_i| exceeds |dL/dA_{i+1}|; where none did, nothing changes."""
+    import bandit
+
+    for slope in (2.0, 0.5):
+        a = [torch.tensor([[1.0, 2.0], [3.0, -1.0]], requires_grad=True)]
+        for _ in range(3):
+            a.append(slope * a[-1])
+        bandit.clip_backward(a)
+        (gradient,) = torch.autograd.grad(a[-1].sum(), a[:1])
+        torch.testing.assert_close(gradient, torch.full((2, 2), min(slope, 1.0) ** 3))
 
 
 def test_frozen_critic(start, tmp_path):
