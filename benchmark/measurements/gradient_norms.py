@@ -1,6 +1,6 @@
 """Does a flow rollout's gradient explode, and do gates and decoders cure it? What is measured, whatever it says.
 
-For every velocity (naive, Flow-G, Flow-T) and rollout length K: the norm of dL/dA_i at each step of the rollout, and
+For every velocity (plain, Flow-G, Flow-T) and rollout length K: the norm of dL/dA_i at each step of the rollout, and
 the largest singular values of the noise-free steps' Jacobians I + dt dv/dA_i and of their product, the linear map that
 carries the gradient from A_K back to A_0 where there is no score. At initialisation L = u . A_K with a random unit
 vector u; `--weight-scales` multiplies the velocity's weight matrices, as training may do. With `--runs`, also: the
@@ -28,11 +28,14 @@ from typing import Literal
 import torch
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "controls")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "benchmark" / "controls")]
+import records  # noqa: E402
+
 from sac_flow_g import explained, fail, flag, read_flags  # noqa: E402
 
-NAMES = {"sac_flow_naive": "naive", "sac_flow_g": "Flow-G", "sac_flow_t": "Flow-T"}
-COLORS = {"sac_flow_naive": "#888888", "sac_flow_g": "#c44e52", "sac_flow_t": "#4c72b0"}
+SCRIPTS = ("sac_flow_naive", "sac_flow_g", "sac_flow_t")
+NAMES = {script: records.NAMES[script] for script in SCRIPTS}
+COLORS = {script: records.COLORS[name] for script, name in NAMES.items()}
 
 
 @dataclass
