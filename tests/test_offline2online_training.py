@@ -285,22 +285,24 @@ def test_a_saved_policy_is_evaluated_both_ways_and_filmed(train, scripted, monke
 
 
 @pytest.mark.parametrize(
-    "bad, bad_step, step, named",
+    "bad, bad_step, step, named, saved",
     [
-        ("reward", 30, 30, "reward"),
-        ("infinite", 30, 30, "reward"),
-        ("observation", 31, 31, "observation"),
-        ("reset", 30, 31, "observation"),
+        ("reward", 30, 30, "reward", 19),
+        ("infinite", 30, 30, "reward", 19),
+        ("observation", 31, 31, "observation", 19),
+        ("reset", 30, 31, "observation", 31),
     ],
 )
-def test_nan_from_the_environment_stops_the_run_before_it_is_stored(train, data, capsys, bad, bad_step, step, named):
+def test_nan_from_the_environment_stops_the_run_before_it_is_stored(
+    train, data, capsys, bad, bad_step, step, named, saved
+):
     """Step 30 is in the middle of an episode, 31 the end of the fifth, where a checkpoint is due."""
-    flags = "--chunk 3 --offline-steps 0 --online-steps 60 --online-start 20 --save-every 10".split()
+    flags = "--chunk 3 --offline-steps 0 --online-steps 60 --online-start 20 --save-every 6".split()
     with pytest.raises(SystemExit) as error:
         train(data("Recorded-v0", 2, bad=bad, bad_step=bad_step), *flags)
     assert error.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"step {step}: {named} is NaN or infinite; the checkpoint of step 24 is kept" in line, line
+    assert f"step {step}: {named} is NaN or infinite; the checkpoint of step {saved} is kept" in line, line
 
 
 @pytest.mark.parametrize("bad, named", [("loss", "actor_loss"), ("gradient", "actor.velocity_net")])
