@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -54,6 +56,31 @@ def assert_same(a, b, where="checkpoint"):
             assert_same(x, y, f"{where}[{i}]")
     else:
         assert a == b or a != a and b != b, where  # NaN is NaN
+
+
+def write_minari(root: Path, name: str, env, episodes: int) -> None:
+    """Minari's data set `name` in the folder `root`: episodes of random actions in an environment."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    env.action_space.seed(0)
+    buffers = []
+    for i in range(episodes):
+        observations = [env.reset(seed=i)[0]]
+        steps = []
+        done = False
+        while not done:
+            action = env.action_space.sample()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            observations.append(obs)
+            steps.append((action, reward, terminated, truncated))
+            done = terminated or truncated
+        names = "actions", "rewards", "terminations", "truncations"
+        columns = dict(zip(names, map(np.array, zip(*steps, strict=True)), strict=True))
+        buffers.append(EpisodeBuffer(id=i, observations=np.array(observations), **columns))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        minari.create_dataset_from_buffers(name, buffers, env=env)
 
 
 class FixedPolicy(nn.Module):

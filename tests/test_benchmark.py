@@ -30,6 +30,72 @@ def test_gradient_norms_are_the_product_of_jacobians(name):
         assert row["product"] == pytest.approx(row["sigma"] * following["product"], rel=1e-4)
 
 
+class Matrices(nn.Module):
+    """Stands for a velocity network: v(t, a) = M(t) a, whatever the observation; M(0), M(1 / 2) for K = 2."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.matrices = nn.ParameterList([torch.tensor(first), torch.tensor(second)])
+
+    def encode(self, obs):
+        return None
+
+    def forward(self, t, a, features):
+        return a @ self.matrices[int(2 * t)].T
+
+
+def test_jacobians_are_multiplied_from_the_last_step_to_the_first():
+    """I + M / 2 is [[1, 1], [0, 1]] in step 0 and diag(1, 2) in step 1: their product is [[1, 1], [0, 2]]."""
+    import gradient_norms
+
+    import sac_flow_g as script
+
+    actor = script.Actor(3, [-1.0] * 2, [1.0] * 2, flow_steps=2, score_step="none")
+    actor.velocity_net = Matrices([[0.0, 2.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 2.0]])
+    obs = torch.randn(5, 3)
+    u = torch.tensor([0.6, 0.8])
+    rows = gradient_norms.measure(actor, obs, partial(gradient_norms.projected, actor, obs, u))
+    # u is carried back to diag(1, 2) u = (0.6, 1.6), then to (0.6, 0.6 + 1.6).
+    assert [row["grad_norm"] for row in rows] == pytest.approx([5.2**0.5, 2.92**0.5, 1])
+    # The largest singular values of [[1, 1], [0, 1]], diag(1, 2) and their product. The other order has 2.288.
+    assert [row["sigma"] for row in rows] == pytest.approx([(1 + 5**0.5) / 2, 2, 1], rel=1e-5)
+    assert [row["product"] for row in rows] == pytest.approx([(3 + 5**0.5) ** 0.5, 2, 1], rel=1e-5)
+
+
+def test_weights_at_initialisation_are_scaled(monkeypatch):
+    """v = a / 2, K = 1: the step's factor is 1 + scale / 2. Seeds differ in the direction u and the noise alone."""
+    import gradient_norms
+
+    import sac_flow_g as script
+
+    make_actor = script.Actor
+
+    def actor(*sizes, **keywords):
+        made = make_actor(*sizes, **keywords)
+        made.velocity_net = Matrices([[0.5, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]])
+        return made
+
+    monkeypatch.setattr(script, "Actor", actor)
+    monkeypatch.setattr(gradient_norms, "NAMES", {"sac_flow_g": "Flow-G"})
+    args = gradient_norms.Args(flow_steps=[1], weight_scales=[1.0, 3.0], seeds=2, action_dim=2, score_step="none")
+    rows = list(gradient_norms.at_initialisation(args))
+    assert [(row["weight_scale"], row["seed"], row["i"]) for row in rows] == [
+        (scale, seed, i) for scale in (1, 3) for seed in (0, 1) for i in (0, 1)
+    ]
+    for row in rows:
+        factor = 1 + row["weight_scale"] / 2 if row["i"] == 0 else 1
+        assert (row["grad_norm"], row["sigma"], row["product"]) == pytest.approx(3 * (factor,), rel=1e-5)
+
+
+def test_growth_is_relative_to_the_last_step_of_the_same_rollout():
+    import gradient_norms
+
+    norms = {0: [6.0, 3.0, 2.0], 1: [4.0, 4.0, 8.0]}
+    rows = [dict(K=2, seed=seed, i=i, grad_norm=norm) for seed in norms for i, norm in enumerate(norms[seed])]
+    curves = gradient_norms.growth_by_step(rows, ["K"], "grad_norm")
+    assert curves == {(2,): {0: [3.0, 0.5], 1: [1.5, 0.5], 2: [1.0, 1.0]}}
+
+
 def program(name, folder, *flags):
     """A finished run of a program of benchmark/."""
     return subprocess.run(command(name, *flags), cwd=folder, text=True, capture_output=True, timeout=500)

@@ -91,6 +91,48 @@ def test_killed_and_resumed_by_other_workers_it_is_the_same_file(demos, tmp_path
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "exists" in refused.stderr
 
 
+def test_every_attempt_has_a_seed_of_its_own(monkeypatch, tmp_path):
+    """It is made of the data set's seed, the episode and the attempt; each fails twice here, and is counted."""
+    seeds = []
+
+    def player_of(args):
+        def play(seed):
+            seeds.append(seed)
+            return dict(actions=np.array([seed])) if len(seeds) % 3 == 0 else None
+
+        return play
+
+    monkeypatch.setattr(collect, "player_of", player_of)
+    for seed in (1, 2):
+        for i in (0, 1):
+            assert collect.collect(collect.Args(seed=seed), tmp_path, i) == 2
+            with np.load(tmp_path / f"{i}.npz") as episode:
+                assert episode["actions"] == seeds[-1] and episode["failures"] == 2
+    assert len(set(seeds)) == 2 * 2 * 3
+    monkeypatch.setattr(collect, "player_of", lambda args: lambda seed: None)
+    with pytest.raises(RuntimeError, match="episode 7: no success in 20 attempts"):
+        collect.collect(collect.Args(), tmp_path, 7)
+
+
+def test_noise_of_the_experts():
+    """robosuite: Gaussian, times --noise, on what the script would do; OGBench's oracles are told of it."""
+    pytest.importorskip("robosuite")
+    quiet, noisy = (collect.robosuite_player(collect.Args(noise=noise))(7) for noise in (0.0, 0.02))
+    expected = 0.02 * np.random.default_rng((7, 1)).standard_normal(7)
+    inside = abs(noisy["actions"][0]) < 1
+    assert inside.sum() >= 3
+    np.testing.assert_allclose((noisy["actions"][0] - quiet["actions"][0])[inside], expected[inside], atol=1e-12)
+
+
+def test_noise_of_ogbenchs_oracles():
+    pytest.importorskip("ogbench")
+    args = [collect.Args(env_id="cube-single-play-v0", noise=noise, rows=11) for noise in (0.0, 0.0, 0.5)]
+    one, same, noisy = (collect.ogbench_player(arg)(7) for arg in args)
+    np.testing.assert_array_equal(one["actions"], same["actions"])
+    np.testing.assert_array_equal(one["observations"][0], noisy["observations"][0])
+    assert abs(noisy["actions"] - one["actions"]).max() > 0.1
+
+
 @pytest.mark.parametrize("env_id, width, horizon", [("can", 14, 300), ("square", 14, 400)])
 def test_can_and_square_succeed(env_id, width, horizon):
     pytest.importorskip("robosuite")
@@ -118,7 +160,10 @@ def test_ogbench_loads_what_is_collected(start, tmp_path):
     assert compact["observations"].shape == (202, 28) and compact["observations"].dtype == np.float32
     assert compact["qpos"].shape == (202, 21) and compact["qvel"].shape == (202, 20)
     assert np.flatnonzero(compact["valids"] == 0).tolist() == [100, 201]
-    assert not np.array_equal(compact["observations"][0], compact["observations"][101])
+    with np.load(tmp_path / "1-val.npz") as held_out, np.load(tmp_path / "1.npz") as whole:
+        starts = np.stack([*whole["observations"][[0, 101]], held_out["observations"][0]])
+        assert len(np.unique(starts, axis=0)) == 3  # three episodes, each of its own
+        assert len(held_out["observations"]) == 101
 
 
 def test_minari_loads_what_a_policy_played(start, tmp_path, monkeypatch):
@@ -127,7 +172,7 @@ def test_minari_loads_what_a_policy_played(start, tmp_path, monkeypatch):
     assert start(*flags, *SMALL, name="sac_flow_g").returncode == 0
     (run,) = (tmp_path / "runs").iterdir()
     name, root = "mujoco/invertedpendulum/sac-flow-v0", tmp_path / "minari"
-    flags = ["--env-id", name, "--policy", run, "--episodes", 3, "--workers", 1, "--out", root]
+    flags = ["--env-id", name, "--policy", run, "--episodes", 3, "--workers", 1, "--out", root, "--noise", 0.2]
     done = start(*flags, name="collect")
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
@@ -140,8 +185,18 @@ def test_minari_loads_what_a_policy_played(start, tmp_path, monkeypatch):
         assert not episode.terminations[:-1].any() and episode.terminations[-1] | episode.truncations[-1]
     env = dataset.recover_environment()
     assert env.spec.id == "InvertedPendulum-v5"
-    first = env.reset(seed=int(next(iter(dataset.storage.get_episode_metadata([0])))["seed"]))[0]
-    assert np.array_equal(first, episodes[0].observations[0])
+    for episode, metadata in zip(episodes, dataset.storage.get_episode_metadata(range(3)), strict=True):
+        assert np.array_equal(env.reset(seed=int(metadata["seed"]))[0], episode.observations[0])
+        for t, action in enumerate(episode.actions):
+            obs, reward, terminated, truncated, _ = env.step(action)
+            assert np.array_equal(obs, episode.observations[t + 1]) and reward == episode.rewards[t]
+            assert (terminated, truncated) == (episode.terminations[t], episode.truncations[t])
+    play = [collect.minari_player(collect.Args(env_id=name, policy=run, noise=noise)) for noise in (0.0, 0.2)]
+    quiet, noisy = (player(int(metadata["seed"])) for player in play)
+    assert np.array_equal(noisy["actions"], episodes[-1].actions)
+    scale = env.action_space.high
+    expected = 0.2 * scale * np.random.default_rng((int(metadata["seed"]), 1)).standard_normal(1)
+    np.testing.assert_allclose(noisy["actions"][0] - quiet["actions"][0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def reference_chunk(rows, h, gamma):
 
 
 def test_merge_chunks_is_the_step_by_step_sum():
+    """Actions have two dimensions: (a, -a)."""
     generator, h, seen = np.random.default_rng(0), 4, set()
     for _ in range(300):
         rows = []
@@ -57,11 +58,13 @@ def test_merge_chunks_is_the_step_by_step_sum():
             last = generator.random() < 0.25 or terminated and generator.random() < 0.7
             rows.append((*generator.normal(size=3), terminated, last, generator.normal()))
         columns = [torch.tensor([[[row[i]] for row in rows]], dtype=torch.float64) for i in (0, 1, 2, 3, 4, 5)]
+        columns[1] = torch.cat([columns[1], -columns[1]], dim=2)
         obs, action, own, reward, terminated, valid, next_obs = script.merge_chunks(*columns, 0.9)
-        total, is_terminal, is_valid, is_own = reference_chunk([row for row in rows], h, 0.9)
+        total, is_terminal, is_valid, is_own = reference_chunk(rows, h, 0.9)
         assert reward.item() == pytest.approx(total) and terminated.item() == is_terminal and valid.item() == is_valid
-        assert own[0].tolist() == is_own and obs[0, 0] == rows[0][0] and next_obs[0, 0] == rows[-1][5]
-        assert action[0].tolist() == [row[1] for row in rows]
+        assert own[0].tolist() == [value for value in is_own for _ in range(2)]
+        assert obs[0, 0] == rows[0][0] and next_obs[0, 0] == rows[-1][5]
+        assert action[0].tolist() == [value for row in rows for value in (row[1], -row[1])]
         seen.add((is_terminal, is_valid, all(is_own)))
     assert len(seen) == 4  # whole, cut short, terminated and cut short, terminated within its episode
 
@@ -124,6 +127,15 @@ def test_target_entropy_is_what_sigma_gives_before_the_squash():
     torch.testing.assert_close(start.sigma(torch.randn(6, 3)), torch.full((6, 5), 0.1))
 
 
+def test_bounds_are_those_of_each_action_of_the_chunk():
+    """The chunk's actions one after the other, each with both its dimensions."""
+    actor = make_actor(sigma=0.3, score_step="none")
+    noise = torch.zeros(5, 2, 4).double()
+    noise[-1] = torch.tensor([[1e6], [-1e6]])  # as far as it goes, up and down
+    action, *_ = actor.rollout(torch.randn(2, 3).double(), noise)
+    torch.testing.assert_close(action, torch.tensor([[0.4, 5.0, 0.4, 5.0], [-0.4, 0.0, -0.4, 0.0]]).double())
+
+
 def test_unsquash_is_where_the_rollout_ends():
     actor = make_actor(sigma=0.3)
     action, _, path = actor.rollout(torch.randn(50, 3).double(), torch.randn(5, 50, 4).double())
@@ -184,6 +196,23 @@ def test_cloning_reproduces_actions_near_the_bounds(velocity):
 # --- losses ---
 
 
+def test_layer_normalisation_bounds_the_critic():
+    """After each hidden layer: its weights may grow at will, and the observations, and Q stays where it is."""
+    critic = script.Critic(3, 4, 32, 3)
+    obs, action = torch.randn(6, 3), torch.randn(6, 4)
+    q = critic(obs, action)
+    assert q.shape == (6,) and q.std() > 0.01
+    linear = [layer for layer in critic.net if isinstance(layer, nn.Linear)]
+    assert len(linear) == 4
+    for layer in linear[:-1]:
+        for parameter in layer.parameters():
+            parameter.data *= 100
+    torch.testing.assert_close(critic(obs, action), q, rtol=0.02, atol=0.005)
+    far, farther = critic(1e3 * obs, 1e3 * action), critic(1e6 * obs, 1e6 * action)
+    assert far.std() > 0.01
+    torch.testing.assert_close(farther, far, rtol=0.02, atol=0.005)
+
+
 def test_critic_loss_uses_the_mean_of_the_targets_on_valid_chunks_alone():
     critics, targets = nn.ModuleList([Table(1.0), Table(2.0)]), nn.ModuleList([Table(3.0), Table(5.0)])
     obs, action, ones = torch.ones(3, 1), torch.zeros(3, 1), torch.ones(3, 1)
@@ -219,6 +248,44 @@ def test_gradient_norms_are_those_of_the_trained_loss():
     own = 0.1 * log_prob - q + 7 * (action - data_action).square().mean(1)
     expected = [gradient.norm(dim=1).mean() for gradient in torch.autograd.grad(own.sum(), path)]
     torch.testing.assert_close(norms, torch.stack(expected))
+
+
+def test_gradients_are_those_of_the_losses_alone():
+    """Each term written down and differentiated: every one of them has its part in what the optimizers get."""
+    actor, obs = make_actor(sigma=0.3, learn_sigma=True), torch.randn(6, 3).double()
+    critics, targets = (nn.ModuleList(script.Critic(3, 4, 8, 2).double() for _ in range(2)) for _ in range(2))
+    own, valid = ((torch.rand(shape) < 0.7).double() for shape in ((6, 4), 6))
+    reward, terminated, next_obs = torch.randn(6).double(), (torch.rand(6) < 0.5).double(), torch.randn(6, 3).double()
+    data_action = actor.bias + actor.scale * (1.8 * torch.rand(6, 4).double() - 0.9)
+    batch = [obs, data_action, own, reward, terminated, valid, next_obs]
+    noise, x0, t = torch.randn(5, 6, 4).double(), torch.randn(6, 4).double(), torch.rand(6, 1).double()
+
+    def gradient(term, network):
+        gradients = torch.autograd.grad(term, list(network.parameters()), retain_graph=True, allow_unused=True)
+        pairs = zip(gradients, network.parameters(), strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+    def check(loss, network, inputs, *terms):
+        *_, found = script.with_gradients(loss, network)(*inputs)
+        parts = [gradient(term, network) for term in terms]
+        assert all(part.norm() > 1e-3 for part in parts)
+        torch.testing.assert_close(torch.cat([part.flatten() for part in found]), sum(parts))
+        assert all(parameter.grad is None for part in (actor, critics, targets) for parameter in part.parameters())
+
+    action, log_prob, _ = actor.rollout(obs, noise)
+    entropy, bc = 0.1 * log_prob.mean(), 7 * (own * (action - data_action).square()).mean()
+    qs = [-critic(obs, action).mean() / 2 for critic in critics]
+    check(script.actor_loss, actor, (actor, critics, batch, noise, 0.1, 7.0), entropy, bc, *qs)
+    x1 = actor.unsquash(data_action)
+    matching = (own * (x1 - x0 - actor.velocity(t, (1 - t) * x0 + t * x1, obs)).square()).mean()
+    inputs = (actor, critics, batch, noise, 0.1, 7.0, x0, t)
+    check(script.offline_actor_loss, actor, inputs, entropy, bc, *qs, matching)
+
+    next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
+    next_q = (targets[0](next_obs, next_action) + targets[1](next_obs, next_action)) / 2
+    y = (reward + 0.9 * (1 - terminated) * (next_q - 0.1 * next_log_prob)).detach()
+    errors = [0.5 * (valid * (critic(obs, data_action) - y).square()).mean() for critic in critics]
+    check(script.critic_loss, critics, (actor, critics, targets, batch, noise, 0.1, 0.9), *errors)
 
 
 def test_flow_matching_loss_is_that_of_the_paper():

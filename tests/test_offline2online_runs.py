@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, checkpoint, command, the_run
+from helpers import assert_same, checkpoint, command, the_run, write_minari
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sac_flow_offline2online as script
@@ -83,8 +83,8 @@ def test_robomimic_rows(tmp_path):
         expected = np.concatenate([demo[f"obs/{key}"] for key in script.OBS_KEYS], axis=1)
         np.testing.assert_array_equal(obs[15:20], expected.astype(np.float32))
         np.testing.assert_array_equal(action[15:20], demo["actions"][:].astype(np.float32))
-    same = last[:-1] == 0
-    np.testing.assert_array_equal(next_obs[:-1][same], obs[1:][same])
+        expected = np.concatenate([demo[f"next_obs/{key}"] for key in script.OBS_KEYS], axis=1)  # the last row's too
+        np.testing.assert_array_equal(next_obs[15:20], expected.astype(np.float32))
 
 
 def write_ogbench(path: Path, episodes=2, rows=41) -> None:
@@ -144,27 +144,8 @@ def test_success_belongs_to_the_state_before_the_step():
 @pytest.fixture(scope="module")
 def pendulum(tmp_path_factory) -> Path:
     """A folder with a Minari data set of InvertedPendulum-v5, tests/pendulum-v0: 12 episodes of random actions."""
-    import gymnasium as gym
-    from minari.data_collector import EpisodeBuffer
-
     folder = tmp_path_factory.mktemp("minari")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(folder))
-        env, buffers = gym.make("InvertedPendulum-v5"), []
-        env.action_space.seed(0)
-        for i in range(12):
-            obs, done = [env.reset(seed=i)[0]], False
-            steps = []
-            while not done:
-                action = env.action_space.sample()
-                next_obs, reward, terminated, truncated, _ = env.step(action)
-                obs.append(next_obs)
-                steps.append((action, reward, terminated, truncated))
-                done = terminated or truncated
-            action, reward, terminated, truncated = map(np.array, zip(*steps, strict=True))
-            flags = dict(terminations=terminated, truncations=truncated)
-            buffers.append(EpisodeBuffer(id=i, observations=np.array(obs), actions=action, rewards=reward, **flags))
-        minari.create_dataset_from_buffers("tests/pendulum-v0", buffers, env=env)
+    write_minari(folder, "tests/pendulum-v0", gym.make("InvertedPendulum-v5"), 12)
     return folder
 
 
@@ -173,11 +154,13 @@ def test_minari_rows_are_those_of_its_own_reader(pendulum):
     env = script.make_env(args)
     obs, action, reward, terminated, last, next_obs = columns(script.load_data(None, env, args), 4, 1)
     episodes = list(script.minari_dataset(args).iterate_episodes())
-    for ours, theirs in ((reward, "rewards"), (terminated, "terminations")):
+    action = action[:, None]
+    for ours, theirs in ((action, "actions"), (reward, "rewards"), (terminated, "terminations")):
         np.testing.assert_allclose(ours, np.concatenate([getattr(episode, theirs) for episode in episodes]))
+    assert action.std() > 0.5 and reward.std() > 0
     np.testing.assert_allclose(obs, np.concatenate([episode.observations[:-1] for episode in episodes]), rtol=1e-6)
     np.testing.assert_allclose(next_obs, np.concatenate([episode.observations[1:] for episode in episodes]), rtol=1e-6)
-    assert last.sum() == 12 and action.shape == terminated.shape
+    assert np.flatnonzero(last).tolist() == (np.cumsum([len(episode) for episode in episodes]) - 1).tolist()
 
 
 # --- runs ---
@@ -233,7 +216,7 @@ def test_both_phases_and_what_they_leave(run, tmp_path, pendulum):
 FIXED_SIGMA = ["--no-learn-sigma", "--no-autotune", "--alpha", 0, "--utd", 2]
 
 
-@pytest.mark.parametrize("flags", [["--velocity", "plain"], FIXED_SIGMA])
+@pytest.mark.parametrize("flags", [["--velocity", "plain"], ["--velocity", "decoded", *FIXED_SIGMA]])
 def test_stopped_runs_resume_bit_for_bit(run, tmp_path, flags):
     """Stopped at the end of an online episode, against a run that was never stopped."""
     flags = [*SHORT, *flags, "--offline-steps", 60]

@@ -35,6 +35,31 @@ class Scripted(gym.Env):
         return obs, reward, terminated, truncated, {}
 
 
+class Recorded(Scripted):
+    """`Scripted` that keeps the seeds of its resets and the buffer's rows of its steps; a termination is a success."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    made = []  # every one of them
+
+    def __init__(self, render_mode=None, **bad):
+        super().__init__(**bad)
+        self.render_mode, self.seeds, self.rows = render_mode, [], []
+        self.made.append(self)
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        self.obs, info = super().reset(seed=seed)
+        return self.obs, info
+
+    def step(self, action):
+        before, (self.obs, reward, terminated, truncated, _) = self.obs, super().step(action)
+        self.rows.append([*before, *action, reward, terminated, terminated or truncated, *self.obs])
+        return self.obs, reward, terminated, truncated, {"success": terminated}
+
+    def render(self):
+        return np.full((64, 64, 3), 20 * self.t, np.uint8)
+
+
 class Home(gym.Env):
     """Walk on a line in steps of at most 0.5 for 10 steps, then truncated; the reward is -|x| of before the step.
 
@@ -108,7 +133,8 @@ gym.register("BadReset-v0", Scripted, kwargs={"bad": "reset", "bad_step": 60})
 gym.register("InfiniteReward-v0", Scripted, kwargs={"bad": "infinite", "bad_step": 60})
 for bad in ("RuntimeError", "OSError", "AssertionError", "SystemExit", "values", "none", "shape", "start"):
     gym.register(f"Failing-{bad}-v0", Failing, kwargs={"bad": bad})
-gym.register("Home-v0", Home)
+gym.register("Home-v0", "tiny_envs:Home")  # by name, as Minari needs it
+gym.register("Recorded-v0", "tiny_envs:Recorded")
 gym.register("Normalized-v0", lambda: NormalizeReward(NormalizeObservation(Home())), max_episode_steps=9)
 gym.register("Dice-v0", Dice)
 gym.register("Endless-v0", Endless)

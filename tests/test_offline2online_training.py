@@ -1,0 +1,324 @@
+"""sac_flow_offline2online.py trains: what its updates are given, what they do, what is played, stored and evaluated."""
+
+import csv
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import tiny_envs
+import torch
+from helpers import checkpoint, the_run, write_minari
+
+import sac_flow_offline2online as script
+
+for package in ("h5py", "minari"):
+    pytest.importorskip(package)
+
+SMALL = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --sigma-dim 16 --batch-size 16 --no-compile --no-cuda".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """`data(env_id, episodes, **keywords)`: the folder of a Minari data set tests/data-v0, random actions in it."""
+
+    def data(env_id, episodes, **keywords):
+        folder = tmp_path_factory.mktemp("minari")
+        write_minari(folder, "tests/data-v0", gym.make(f"tiny_envs:{env_id}", **keywords), episodes)
+        return folder
+
+    return data
+
+
+@pytest.fixture(scope="module")
+def scripted(data):
+    """Data of `Recorded`."""
+    return data("Recorded-v0", 6)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """`train(data, *flags)`: runs the script in this process, in a new folder, and returns the run's folder."""
+
+    def train(data, *flags):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        of_data = ["--env-id", "tests/data-v0", "--dataset", data]
+        monkeypatch.setattr("sys.argv", ["x", *map(str, [*of_data, *SMALL, *flags])])
+        monkeypatch.setattr(tiny_envs.Recorded, "made", [])
+        script.main()
+        return the_run(folder)
+
+    return train
+
+
+def test_what_cloning_cannot_do_is_learned(train, data):
+    """Home-v0: offline random actions are cloned alone (a large beta), online nothing holds the policy to them.
+
+    Seeds 1 to 3 return -8.3 to -9.4, then -2.2 to -2.3. Standing still returns -9.8, walking straight home -1.8.
+    """
+    flags = "--critic-dim 64 --velocity-dim 32 --batch-size 64 --chunk 2 --flow-steps 2 --velocity plain".split()
+    flags += "--tau 0.05 --gamma 0.95".split()
+    flags += "--critic-lr 1e-3 --actor-lr 1e-3 --alpha 0 --no-autotune --no-learn-sigma --eval-episodes 20".split()
+    flags += "--beta 100 --online-beta 0 --offline-steps 250 --online-steps 310 --online-start 10 --utd 2".split()
+    run = train(data("Home-v0", 100), *flags)
+    returns = {row["phase"]: float(row["return"]) for row in csv.DictReader(open(run / "eval.csv"))}
+    assert returns["offline"] < -6 and returns["online"] > -4, returns
+
+
+# --- one recorded run: what each update is given and does, and what is played and stored ---
+
+
+def copies(network) -> list[torch.Tensor]:
+    """Its parameters as they are now."""
+    return [parameter.detach().clone() for parameter in network.parameters()]
+
+
+@pytest.fixture
+def calls(train, scripted, monkeypatch):
+    """A run of 4 updates offline and 20 x 2 online: what its losses and its policy were given, call by call.
+
+    A dict of lists of dicts: of the arguments of critic_loss, of actor_loss (offline also x0 and t) and of alpha_loss,
+    networks as copies of their parameters; of (observation, chunk) under "policy"; the actor and the run's folder.
+    """
+    calls = {name: [] for name in ("critic_loss", "actor_loss", "alpha_loss", "policy")}
+
+    def record(name, *names):
+        loss = getattr(script, name)
+
+        def recording(*inputs):
+            call = dict(zip(names, inputs, strict=True))
+            for key, value in call.items():
+                if isinstance(value, torch.nn.Module):
+                    call[key] = copies(value)
+                if isinstance(value, torch.Tensor):
+                    call[key] = value.detach().clone()
+            calls[name].append(call)
+            return loss(*inputs)
+
+        monkeypatch.setattr(script, name, recording)
+
+    record("critic_loss", "actor", "critics", "targets", "batch", "noise", "alpha", "discount")
+    record("actor_loss", "actor", "critics", "batch", "noise", "alpha", "beta")
+    record("alpha_loss", "log_alpha", "log_prob", "target")
+    offline_actor_loss, compiled_policy = script.offline_actor_loss, script.compiled_policy
+
+    def recording_offline(*inputs):
+        result = offline_actor_loss(*inputs)
+        calls["actor_loss"][-1] |= dict(x0=inputs[-2].clone(), t=inputs[-1].clone())
+        return result
+
+    def recording_policy(actor, *rest):
+        choose = compiled_policy(actor, *rest)
+        calls["actor"] = actor
+
+        def choice(obs):
+            chunk = choose(obs)
+            calls["policy"].append((obs.copy(), chunk))
+            return chunk
+
+        return choice
+
+    monkeypatch.setattr(script, "offline_actor_loss", recording_offline)
+    monkeypatch.setattr(script, "compiled_policy", recording_policy)
+    monkeypatch.setattr(script, "evaluate", lambda *_: dict.fromkeys(script.SCORES, 0.0))
+    flags = "--offline-steps 4 --online-steps 32 --online-start 12 --utd 2 --beta 5 --online-beta 2 --gamma 0.9".split()
+    flags += "--tau 0.3 --critic-lr 3e-3 --actor-lr 2e-3 --alpha-lr 1e-2 --alpha 0.2 --target-entropy -7".split()
+    flags += "--chunk 3 --score-step euler --flow-steps 2 --velocity decoded".split()
+    calls["run"] = train(scripted, *flags)
+    return calls
+
+
+def test_updates_are_given_what_the_flags_and_the_data_say(calls):
+    critic, actor, alpha = (calls[name] for name in ("critic_loss", "actor_loss", "alpha_loss"))
+    assert len(critic) == len(alpha) == len(actor) == 4 + 2 * 20
+    assert [i for i, call in enumerate(actor) if "t" in call] == [0, 1, 2, 3]
+    assert [call["beta"].item() for call in actor] == 4 * [5] + 2 * 20 * [2]
+    assert all(call["discount"] == pytest.approx(0.9**3) for call in critic)
+    assert all(call["target"] == -7 for call in alpha)
+    policy = calls["actor"]
+    assert (policy.score_step, policy.flow_steps, policy.action_dim) == ("euler", 2, 6)
+    assert isinstance(policy.velocity_net, script.DecodedVelocity)
+    for one, other, coefficient in zip(critic, actor, alpha, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one["batch"], other["batch"], strict=True))
+        assert one["alpha"] == other["alpha"] == coefficient["log_alpha"].exp()
+    assert len({tuple(call["batch"][1].flatten().tolist()) for call in critic}) == 44  # a new batch for each
+    noise = torch.stack([call["noise"] for call in (*critic, *actor)])
+    assert noise.shape == (88, 3, 16, 6) and noise.unique().numel() > 0.999 * noise.numel()
+    x0, t = (torch.stack([call[name] for call in actor[:4]]) for name in ("x0", "t"))
+    assert t.shape == (4, 16, 1) and t.unique().numel() > 60 and 0 <= t.min() < 0.1 and 0.9 < t.max() <= 1
+    assert x0.unique().numel() > 0.99 * 4 * 16 * 6
+
+
+def test_rewards_of_a_chunk_are_discounted_up_to_its_episodes_end(calls):
+    """Step t of an episode of 5 steps (even), which then terminates, or of 7 (odd) has the reward t + 1."""
+    for i, call in enumerate(calls["critic_loss"]):
+        obs, _, own, reward, terminated, *_ = call["batch"]
+        t, steps = obs[:, 1], own.sum(1) / 2
+        even = obs[:, 0] % 2 == 0
+        left = torch.where(even, 5, 7) - t
+        assert (steps <= left).all()
+        if i < 4:  # online the newest episode is known as far as it went
+            assert torch.equal(steps, left.clamp(max=3))
+        torch.testing.assert_close(reward, sum(0.9**j * (t + 1 + j) * (j < steps) for j in range(3)))
+        assert torch.equal(terminated, (even & (steps == left)).float())
+
+
+def test_updates_move_what_they_are_to_move(calls):
+    """Adam's first step is as long as the learning rate, and against the gradient's sign."""
+    critic, alpha = calls["critic_loss"], calls["alpha_loss"]
+    half = len(critic[0]["critics"]) // 2
+    first, second = critic[0]["critics"][:half], critic[0]["critics"][half:]
+    assert [a.shape for a in first] == [b.shape for b in second] and not torch.equal(first[0], second[0])
+    torch.testing.assert_close(critic[0]["critics"], critic[0]["targets"], rtol=0, atol=0)
+    for i, (before, after) in enumerate(zip(critic, critic[1:], strict=False)):
+        assert all(not torch.equal(a, b) for a, b in zip(before["critics"], after["critics"], strict=True))
+        moved = [not torch.equal(a, b) for a, b in zip(before["actor"], after["actor"], strict=True)]
+        assert all(moved) or i == 0 and any(moved)  # the weights of sigma's last layer start at 0
+        moved = [0.7 * old + 0.3 * new for old, new in zip(before["targets"], after["critics"], strict=True)]
+        torch.testing.assert_close(after["targets"], moved)
+    for name, rate in (("critics", 3e-3), ("actor", 2e-3)):
+        steps = [(b - a).abs().max() for a, b in zip(critic[0][name], critic[1][name], strict=True)]
+        assert max(steps).item() == pytest.approx(rate, rel=1e-3)
+    assert alpha[0]["log_alpha"].exp().item() == pytest.approx(0.2)
+    entropy_is_above = -alpha[0]["log_prob"] > -7
+    step = (alpha[1]["log_alpha"] - alpha[0]["log_alpha"]).item()
+    assert step == pytest.approx(-0.01 if entropy_is_above else 0.01, rel=1e-3)
+
+
+def test_chunks_are_played_in_their_order_and_stored_as_they_went(calls):
+    """Against the environment's own record. Its episodes terminate after 5 steps or are truncated after 7."""
+    env = tiny_envs.Recorded.made[0]
+    played = torch.tensor(np.array(env.rows, np.float32))
+    assert env.seeds == [1, *6 * [None]] and played[:, 7].nonzero().flatten().tolist() == [6, 11, 18, 23, 30]
+    played[-1, 7] = 1  # the newest row of the buffer counts as its episode's last
+    torch.testing.assert_close(checkpoint(calls["run"])["buffer"][-32:], played, rtol=0, atol=0)
+    starts = (played[:, 1] % 3 == 0).nonzero().flatten().tolist()  # every third step of an episode
+    ends = [*starts[1:], 32]
+    for (obs, chunk), start, end in zip(calls["policy"], starts, ends, strict=True):
+        assert obs.tolist() == played[start, :3].tolist()
+        torch.testing.assert_close(played[start:end, 3:5], torch.from_numpy(chunk).view(3, 2)[: end - start])
+    returns = list(csv.reader(open(calls["run"] / "returns.csv")))[1:]
+    assert [row[1:4] for row in returns[:2]] == [["28.0", "7", "0.0"], ["15.0", "5", "1.0"]]
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_losses_and_policy_are_compiled_if_asked(train, scripted, monkeypatch, compile):
+    compiled = []
+
+    def jit(function):
+        return lambda *inputs: compiled.append(function.__name__) or function(*inputs)
+
+    monkeypatch.setattr(script, "find_compiler", lambda device: jit)
+    flags = "--chunk 3 --offline-steps 1 --online-steps 3 --online-start 2 --eval-episodes 1".split()
+    train(scripted, *flags, "--compile" if compile else "--no-compile")
+    names = {"critic_loss", "actor_loss", "offline_actor_loss", "<lambda>"}  # the last is the policy's rollout
+    assert set(compiled) == (names if compile else set())
+
+
+# --- evaluation ---
+
+
+def test_evaluation_plays_whole_chunks_from_seeds_of_their_own():
+    """Of four episodes the second and the fourth succeed, after 5 steps; the others are truncated after 7."""
+    recorder = tiny_envs.Recorded()
+    recorder.episode = 0  # the first is odd
+    seen = []
+
+    def act(obs):
+        seen.append(obs)
+        return np.array([0.1, 0.2, 0.3, 0.4, 9.0, 0.6], np.float32)  # 9 is clipped to 2
+
+    scores = script.evaluate(act, gym.wrappers.RecordEpisodeStatistics(recorder), 4, seed=11)
+    assert recorder.seeds == [11, 12, 13, 14]
+    chunk, rows = [[0.1, 0.2], [0.3, 0.4], [2.0, 0.6]], np.array(recorder.rows)
+    assert len(rows) == 7 + 5 + 7 + 5 and len(seen) == 3 + 2 + 3 + 2
+    np.testing.assert_allclose(rows[:, 3:5], [chunk[int(t) % 3] for t in rows[:, 1]], rtol=1e-6)
+    assert all(obs.dtype == np.float32 and obs[1] % 3 == 0 for obs in seen)
+    assert (scores["success_rate"], scores["return"], scores["length"]) == (0.5, 21.5, 6)  # returns 28 and 15
+    assert scores["return_error"] == pytest.approx(6.5 / 2)
+    assert (scores["success_low"], scores["success_high"]) == script.success_interval(2, 4)
+
+
+def test_policy_sees_the_observation_and_is_deterministic_if_asked():
+    actor = script.Actor(3, [-1, 0], [2, 4], chunk=3, sigma_dim=16).requires_grad_(False)
+    choose = script.compiled_policy(actor, tiny_envs.Recorded(), script.unchanged, script.unchanged)
+    one, other = np.array([0.0, 1, 7], np.float32), np.array([1.0, 3, 7], np.float32)
+    for obs in (one, other):
+        expected = actor.act(torch.from_numpy(obs), deterministic=True).numpy()
+        np.testing.assert_allclose(choose(obs, deterministic=True), expected, rtol=1e-6)
+        assert not np.array_equal(choose(obs), choose(obs))
+    assert not np.allclose(choose(one, deterministic=True), choose(other, deterministic=True))
+    torch.manual_seed(3)
+    sampled = choose(one)
+    torch.manual_seed(3)
+    np.testing.assert_allclose(sampled, actor.act(torch.from_numpy(one)).numpy(), rtol=1e-6)
+
+
+def test_a_saved_policy_is_evaluated_both_ways_and_filmed(train, scripted, monkeypatch, capsys):
+    pytest.importorskip("moviepy")
+    run = train(scripted, *"--chunk 3 --offline-steps 2 --online-steps 0 --eval-episodes 2".split())
+    evaluate, chunks = script.evaluate, []
+
+    def recording(act, *rest):
+        obs = np.array([1, 2, 7], np.float32)
+        chunks.append([act(obs), act(obs)])
+        return evaluate(act, *rest)
+
+    monkeypatch.setattr(script, "evaluate", recording)
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["x", "--evaluate", str(run), "--capture-video"])
+    script.main()
+    (first, again), (sampled, other) = chunks
+    actor = script.load_policy(run / "policy.pt")
+    expected = actor.act(torch.tensor([1.0, 2, 7]), deterministic=True).numpy()
+    np.testing.assert_allclose([first, again], [expected, expected], rtol=1e-6)
+    assert not np.array_equal(sampled, other)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["deterministic", "stochastic"]
+    assert all("success 0.50" in line and "return 21.5" in line and "length 6" in line for line in lines[1:])
+    videos = list((run / "videos").glob("*.mp4"))
+    assert len(videos) == 2 and all(path.stat().st_size > 500 for path in videos)  # the first episode of each kind
+
+
+# --- values that are not finite ---
+
+
+@pytest.mark.parametrize(
+    "bad, bad_step, step, named, saved",
+    [
+        ("reward", 30, 30, "reward", 19),
+        ("infinite", 30, 30, "reward", 19),
+        ("observation", 31, 31, "observation", 19),
+        ("reset", 30, 31, "observation", 31),
+    ],
+)
+def test_nan_from_the_environment_stops_the_run_before_it_is_stored(
+    train, data, capsys, bad, bad_step, step, named, saved
+):
+    """Step 30 is in the middle of an episode, 31 the end of the fifth, where a checkpoint is due."""
+    flags = "--chunk 3 --offline-steps 0 --online-steps 60 --online-start 20 --save-every 6".split()
+    with pytest.raises(SystemExit) as error:
+        train(data("Recorded-v0", 2, bad=bad, bad_step=bad_step), *flags)
+    assert error.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"step {step}: {named} is NaN or infinite; the checkpoint of step {saved} is kept" in line, line
+
+
+@pytest.mark.parametrize("bad, named", [("loss", "actor_loss"), ("gradient", "actor.velocity_net")])
+def test_nan_in_a_loss_or_a_weight_is_never_saved(train, scripted, monkeypatch, tmp_path, capsys, bad, named):
+    loss_function, calls = script.offline_actor_loss, []
+
+    def diverging(actor, *rest):
+        calls.append(actor)
+        total, loss, *others = loss_function(actor, *rest)
+        zero = sum(0 * parameter.sum() for parameter in actor.velocity_net.parameters())
+        extra = {"loss": zero + torch.nan, "gradient": zero.abs().sqrt()}[bad]  # its gradient is 0 times infinity
+        return (total + extra, loss + extra, *others) if len(calls) == 5 else (total, loss, *others)
+
+    monkeypatch.setattr(script, "offline_actor_loss", diverging)
+    with pytest.raises(SystemExit) as error:
+        train(scripted, *"--chunk 3 --offline-steps 6 --online-steps 0 --save-every 1 --eval-episodes 1".split())
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and f"step 5: {named}" in line and "is NaN or infinite" in line, line
+    assert checkpoint(the_run(tmp_path / "0"))["step"] == 4
