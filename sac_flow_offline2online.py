@@ -90,11 +90,14 @@ class Args:
 
     # What to run
     env_id: str = "lift"
-    """lift, can or square (robosuite), an OGBench singletask id (cube-single-play-singletask-task1-v0), or the id of a
-    Minari data set (mujoco/hopper/medium-v0)"""
+    """lift, can or square (robosuite), an OGBench singletask id (cube-single-play-singletask-task1-v0), the id of a
+    Minari data set (mujoco/hopper/medium-v0), or with --dataset any gymnasium id (my_package:MyEnv-v0)"""
+    env_kwargs: Optional[str] = None
+    """arguments of the environment as JSON, such as '{"max_episode_steps": 200}'"""
     dataset: Optional[str] = None
-    """file with the data (robomimic's .hdf5, OGBench's .npz), a folder of .npz files that are used in turn, or the root
-    folder of Minari data sets; default: where the packages keep what they download, then data/"""
+    """file with the data (robomimic's .hdf5, OGBench's .npz; for a gymnasium id .npz or .hdf5 with D4RL's keys), a
+    folder of .npz files that are used in turn, or the root folder of Minari data sets; default: where the packages keep
+    what they download, then data/"""
     collect: Optional[int] = None
     """episodes to collect with scripted experts if the data cannot be had; default 100 for robosuite, else 0"""
     seed: int = 1
@@ -850,6 +853,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         fail("--online-steps must be above 0 if --offline-steps is 0")
     if 0 < args.online_steps <= args.online_start:
         fail(f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: lower it")
+    with explained(f"--env-kwargs {args.env_kwargs}: not the JSON of a dict"):
+        dict(**json.loads(args.env_kwargs or "{}"))
     if args.collect and (args.dataset or benchmark_of(args.env_id) == "minari"):
         fail("--collect is for robosuite and OGBench without --dataset; benchmark/demonstrations makes other data")
     if args.learn_sigma and not math.exp(-5) < args.sigma < math.exp(2):
@@ -1065,8 +1070,7 @@ class Run:
         """Note the end of an episode; `info` is that of its last step."""
         episode = info["episode"]
         self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
-        success = float(info.get("success", math.nan))
-        self.write_row("returns.csv", float(episode["r"]), episode["l"], success)
+        self.write_row("returns.csv", float(episode["r"]), episode["l"], succeeded(info))
 
     def report(self, phase: str, kind: str, scores: dict[str, float]) -> None:
         """Note an evaluation."""
@@ -1286,14 +1290,23 @@ def lock(file) -> None:
     file.flush()
 
 
-def benchmark_of(env_id: str) -> str:
-    """The package that has the task: robosuite, ogbench or minari. Stops the program if it is not installed."""
-    package = "robosuite" if env_id in ROBOSUITE else "ogbench" if "-singletask" in env_id else "minari"
+def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
+    """Where task and data come from: robosuite, ogbench, minari or, for a data file of one's own, gymnasium.
+
+    Stops the program if the package is not installed.
+    """
+    own = dataset and (Path(dataset).suffix in (".npz", ".hdf5") or any(Path(dataset).expanduser().glob("*.npz")))
+    package = "gymnasium" if own else "minari"
+    if env_id in ROBOSUITE:
+        package = "robosuite"
+    elif "-singletask" in env_id:
+        package = "ogbench"
     warnings.filterwarnings("ignore", module="gymnasium|minari|robosuite")
     logging.getLogger("robosuite_logs").disabled = True  # its notes on what it lacks and we do not need
     try:
         __import__(package)
-        __import__("h5py")
+        if not (own and dataset.endswith(".npz")):
+            __import__("h5py")
     except ImportError as error:
         install = "pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt"
         fail(f"--env-id {env_id} needs {error.name or package}: {install}")
@@ -1310,10 +1323,11 @@ class RobosuiteEnv(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
-    def __init__(self, task: str, render_mode: Optional[str] = None):
+    def __init__(self, task: str, render_mode: Optional[str] = None, max_episode_steps: Optional[int] = None):
         import robosuite
 
-        name, self.horizon = ROBOSUITE[task]
+        name, horizon = ROBOSUITE[task]
+        self.horizon = max_episode_steps or horizon
         self.render_mode = render_mode
         render = render_mode == "rgb_array"
         self.env = robosuite.make(name, **ROBOSUITE_KWARGS, has_offscreen_renderer=render, seed=0)
@@ -1346,30 +1360,32 @@ class RobosuiteEnv(gym.Env):
         self.env.close()
 
 
-class SparseReward(gym.RewardWrapper):
-    """-1 until everything is done, in place of minus the number of things not done."""
-
-    def reward(self, reward):
-        return -float(reward != 0)
-
-
 def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     """The task as a gymnasium environment, with one-line errors for those that do not exist or cannot be controlled."""
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     if headless:
         os.environ.setdefault("MUJOCO_GL", "egl" if render_mode else "disabled")
-    package = benchmark_of(args.env_id)
-    render = {"render_mode": render_mode} if render_mode else {}
+    package = benchmark_of(args.env_id, args.dataset)
+    kwargs = json.loads(args.env_kwargs or "{}")
+    kwargs |= {"render_mode": render_mode} if render_mode else {}
     with explained(f"--env-id {args.env_id}"):
         if package == "robosuite":
-            env = RobosuiteEnv(args.env_id, **render)
+            env = RobosuiteEnv(args.env_id, **kwargs)
         elif package == "ogbench":
             import ogbench
 
-            env = ogbench.make_env_and_datasets(args.env_id, env_only=True, **render)
-            env = SparseReward(env) if args.sparse else env
+            env = ogbench.make_env_and_datasets(args.env_id, env_only=True, **kwargs)
+            if args.sparse:  # -1 until everything is done, in place of minus the number of things not done
+                env = gym.wrappers.TransformReward(env, lambda reward: -float(reward != 0))
+        elif package == "gymnasium":
+            env = gym.make(args.env_id, **kwargs)
+            if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
+                env = gym.wrappers.TimeLimit(env, 10_000)
         else:
-            env = minari_dataset(args).recover_environment(**render)
+            env = minari_dataset(args).recover_environment(**kwargs)
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if isinstance(env.observation_space, gym.spaces.Dict):
+            env = gym.wrappers.FlattenObservation(env)  # outermost, where `data_space` finds it
     obs = env.observation_space
     action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
@@ -1385,7 +1401,7 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
 
             env.reset(seed=0)
             env.render()
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return env
 
 
 def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
@@ -1417,7 +1433,7 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
 
 def find_dataset(args: Args) -> list[Path]:
     """The files that hold the task's data (several: they are used in turn); none for Minari, which finds its own."""
-    if benchmark_of(args.env_id) == "minari":
+    if benchmark_of(args.env_id, args.dataset) == "minari":
         return []
     if args.dataset:
         path = Path(args.dataset).expanduser()
@@ -1450,7 +1466,8 @@ def minari_dataset(args: Args):
 
     if not re.search(r"-v\d+$", args.env_id) or "-play-" in args.env_id:
         examples = "cube-double-play-singletask-task2-v0 of OGBench, mujoco/hopper/medium-v0 of Minari"
-        fail(f"--env-id {args.env_id}: no such task; there are {', '.join(ROBOSUITE)}, {examples} and the like")
+        own = "and with --dataset FILE.npz or FILE.hdf5 any gymnasium id"
+        fail(f"--env-id {args.env_id}: no such task; there are {', '.join(ROBOSUITE)}, {examples} and the like, {own}")
     if args.dataset:
         os.environ["MINARI_DATASETS_PATH"] = str(Path(args.dataset).expanduser())
     try:
@@ -1459,7 +1476,7 @@ def minari_dataset(args: Args):
         where = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
         make = f"python benchmark/demonstrations/collect.py --env-id {args.env_id} --policy runs/<name>"
         what = f"no such task, nor Minari data set in {where} ({first_line(error)})"
-        fail(f"--env-id {args.env_id}: {what}; make one: {make}")
+        fail(f"--env-id {args.env_id}: {what}; make one: {make}; or name your own by --dataset FILE.npz or FILE.hdf5")
 
 
 def joined(episodes: list[dict]) -> dict:
@@ -1503,15 +1520,76 @@ def read_ogbench(path: str, env: gym.Env, args: Args) -> dict:
     )  # fmt: skip
 
 
-def read_minari(dataset) -> dict:
+def read_minari(dataset, space: gym.Space) -> dict:
     """Arrays of a Minari data set, see `load_data`."""
-    return joined([
-        dict(
-            obs=episode.observations[:-1], action=episode.actions, reward=episode.rewards,
-            terminated=episode.terminations, next_obs=episode.observations[1:],
-        )
-        for episode in dataset.iterate_episodes()
-    ])  # fmt: skip
+    episodes = []
+    for episode in dataset.iterate_episodes():
+        obs = flattened(space, episode.observations)
+        episodes.append(
+            dict(
+                obs=obs[:-1], action=episode.actions, reward=episode.rewards, terminated=episode.terminations,
+                next_obs=obs[1:],
+            )
+        )  # fmt: skip
+    return joined(episodes)
+
+
+def data_space(env: gym.Env) -> gym.Space:
+    """An environment's observations as data has them: before `make_env` flattened them."""
+    while isinstance(env, gym.wrappers.TransformAction):  # of --rescale-actions
+        env = env.env
+    return (env.env if isinstance(env, gym.wrappers.FlattenObservation) else env).observation_space
+
+
+def flattened(space: gym.Space, obs) -> np.ndarray:
+    """Observations (N, .), those of a dict space, dicts of arrays, each as FlattenObservation does it."""
+    if not isinstance(space, gym.spaces.Dict):
+        return obs
+    rows = gym.vector.utils.iterate(gym.vector.utils.batch_space(space), obs)
+    return np.stack([gym.spaces.flatten(space, row) for row in rows])
+
+
+def read_d4rl(path: str, space: gym.Space) -> dict:
+    """D4RL's arrays in an .npz or .hdf5 file; what a dict space has under a key is named observations/<key>."""
+    if path.endswith(".npz"):
+        opened = np.load(path)
+    else:
+        import h5py
+
+        opened = h5py.File(path)
+
+    def read(name: str, space: Optional[gym.Space] = None):
+        if isinstance(space, gym.spaces.Dict):
+            return {key: read(f"{name}/{key}", part) for key, part in space.items()}
+        return file[name][:]
+
+    with opened as file:
+        arrays = {name: read(name) for name in ("actions", "rewards", "terminals", "timeouts")}
+        for name in ("observations", "next_observations"):
+            if name == "observations" or any(found.startswith(name) for found in file):
+                arrays[name] = flattened(space, read(name, space))
+    return arrays
+
+
+def from_d4rl(arrays: dict) -> dict:
+    """D4RL's arrays as `load_data` has them; the end of the last episode counts as a timeout.
+
+    Without next_observations, a step that ends in a timeout has no known next observation and is left out.
+    """
+    lengths = {name: len(values) for name, values in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"its arrays differ in length: {lengths}")
+    terminated = arrays["terminals"].reshape(-1) > 0
+    last = terminated | (arrays["timeouts"].reshape(-1) > 0)
+    last[-1] = True
+    obs = arrays["observations"]
+    data = dict(obs=obs, action=arrays["actions"], reward=arrays["rewards"], terminated=terminated, last=last)
+    if "next_observations" in arrays:
+        return data | dict(next_obs=arrays["next_observations"])
+    known = terminated | ~last
+    data["last"] = last | np.append(~known[1:], False)  # the step before one that is left out
+    data["next_obs"] = np.roll(obs, -1, axis=0)
+    return {key: values[known] for key, values in data.items()}
 
 
 def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
@@ -1520,15 +1598,17 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     terminated, a success in the manipulation tasks, ends the bootstrap; last, the end of a recorded trajectory for
     whatever reason, does not.
     """
-    package = benchmark_of(args.env_id)
+    package = benchmark_of(args.env_id, args.dataset)
     try:
         if package == "robosuite":
             data = read_robomimic(path, args.env_id)
         elif package == "ogbench":
             data = read_ogbench(path, env, args)
+        elif package == "gymnasium":
+            data = from_d4rl(read_d4rl(path, data_space(env)))
         else:
             path = args.env_id
-            data = read_minari(minari_dataset(args))
+            data = read_minari(minari_dataset(args), data_space(env))
     except KeyError as error:
         fail(f"{path} lacks what a data set for --env-id {args.env_id} has ({error.args[0]}): name another --dataset")
     except Exception as error:
@@ -1554,6 +1634,11 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
         fail(f"--buffer-size {args.buffer_size} is less than the {len(data['last'])} transitions of {path}: raise it")
     columns = [np.asarray(data[key], np.float32).reshape(len(data["last"]), -1) for key in COLUMNS]
     return torch.from_numpy(np.concatenate(columns, axis=1))
+
+
+def succeeded(info: dict) -> float:
+    """1 or 0, or NaN if the task does not say; gymnasium-robotics has a name of its own for it."""
+    return float(info.get("success", info.get("is_success", math.nan)))
 
 
 def to_obs(obs) -> np.ndarray:
@@ -1593,7 +1678,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
             queue = queue[1:]
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
-        successes.append(float(info.get("success", math.nan)))
+        successes.append(succeeded(info))
     rate = np.mean(successes)
     interval = (math.nan, math.nan) if math.isnan(rate) else success_interval(int(sum(successes)), episodes)
     error = np.std(returns) / math.sqrt(episodes)
