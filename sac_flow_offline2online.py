@@ -131,7 +131,14 @@ class Args:
     chunk: int = 5
     """h, actions that the policy chooses at once and executes one after the other; 1 is ordinary SAC Flow"""
     buffer_size: int = 2_000_000
-    """capacity of the replay buffer in transitions, the data included"""
+    """transitions that the replay buffer holds at most, the data included; a run takes memory for its own alone"""
+    online_fraction: Optional[float] = None
+    """share of each online batch that is drawn from online experience, the rest from the data; default: uniform"""
+    normalize_observations: bool = False
+    """standardise observations by the data's mean and deviation, in actor and critics"""
+    rescale_actions: bool = False
+    """the data's actions are in units of their own: their smallest and largest values become the policy's bounds, and
+    the environment's where it has finite ones"""
     rotate_every: int = 1_000
     """offline steps on each file of a --dataset folder"""
     sparse: Optional[bool] = None
@@ -318,6 +325,18 @@ class PlainVelocity(nn.Module):
         return self.net(features + self.from_action(a) + self.from_time(t))
 
 
+class Normalizer(nn.Module):
+    """(obs - mean) / deviation, (B, dim) -> (B, dim); the identity until its buffers are set."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.ones(dim))
+
+    def forward(self, obs):
+        return (obs - self.mean) / self.deviation
+
+
 class Actor(nn.Module):
     """Flow policy over chunks of h actions: K noisy Euler steps of a velocity network, then tanh to the action bounds.
 
@@ -340,6 +359,7 @@ class Actor(nn.Module):
         self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
             raise ValueError(f"score_step must be exponential, euler or none, not {score_step}")
+        self.normalizer = Normalizer(obs_dim)
         self.velocity_net = velocity(obs_dim, self.action_dim)
         self.log_sigma, self.sigma_net = math.log(sigma), None
         if learn_sigma:
@@ -353,13 +373,13 @@ class Actor(nn.Module):
 
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
-        return self.velocity_net(t, a, self.velocity_net.encode(obs))
+        return self.velocity_net(t, a, self.velocity_net.encode(self.normalizer(obs)))
 
     def sigma(self, obs):
         """sigma (B, D), shared by the K steps; a learned one is in [e^-5, e^2]."""
         if self.sigma_net is None:
             return self.scale.new_full((len(obs), self.action_dim), self.log_sigma).exp()
-        return torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))
+        return torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(self.normalizer(obs))))
 
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
@@ -392,7 +412,7 @@ class Actor(nn.Module):
         if obs.shape[1:] != (self.obs_dim,) or noise.shape != expected:
             shapes = f"{tuple(obs.shape)} and {tuple(noise.shape)}"
             raise ValueError(f"rollout takes obs (B, {self.obs_dim}) and noise {expected}, not {shapes}")
-        features = self.velocity_net.encode(obs)
+        features = self.velocity_net.encode(self.normalizer(obs))
         sigma = self.sigma(obs)
         path, log_deviations = [noise[0]], 0.0
         for i in range(self.flow_steps):
@@ -445,11 +465,12 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int, layers: int):
         super().__init__()
+        self.normalizer = Normalizer(obs_dim)
         self.net = nn.Sequential(*mlp(obs_dim + action_dim, dim, layers, 1, norm=nn.LayerNorm, activation=nn.ReLU))
 
     def forward(self, obs, action):
         """(B, obs_dim), (B, h D) -> (B,)"""
-        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
+        return self.net(torch.cat([self.normalizer(obs), action], dim=1)).squeeze(1)
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
@@ -553,6 +574,7 @@ class ReplayBuffer:
         self.last = obs_dim + action_dim + 2  # the column that says: no row of the same episode follows
         self.added = 0  # transitions ever added; the next one goes to row added % capacity
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # len(self) where a CUDA graph can read it
+        self.data_size = torch.zeros_like(self.size)  # rows of the data, which come first
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -569,9 +591,15 @@ class ReplayBuffer:
         self.added += 1
         self.size.fill_(len(self))
 
-    def sample(self, batch_size: int, chunk: int, gamma: float) -> list[torch.Tensor]:
-        """A uniform batch of chunks, as `merge_chunks` returns them."""
-        start = torch.randint(2**62, (batch_size, 1), device=self.rows.device) % self.size
+    def sample(self, batch_size: int, chunk: int, gamma: float, online_fraction=None) -> list[torch.Tensor]:
+        """A batch of chunks, as `merge_chunks` returns them: uniform, or with that fraction from after the data."""
+        start = torch.randint(2**62, (batch_size, 1), device=self.rows.device)
+        if online_fraction is None:
+            start = start % self.size
+        else:
+            online = round(online_fraction * batch_size)
+            newer = self.data_size + start[:online] % (self.size - self.data_size)
+            start = torch.cat([newer, start[online:] % self.data_size])
         index = (start + torch.arange(chunk, device=self.rows.device)) % len(self.rows)
         return merge_chunks(*self.rows[index].split(self.widths, dim=2), gamma)
 
@@ -579,11 +607,12 @@ class ReplayBuffer:
         """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
         return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
 
-    def refill(self, rows: torch.Tensor, added: int) -> None:
-        """Put back what `filled` returned, after `added` transitions."""
+    def refill(self, rows: torch.Tensor, added: int, online: int = 0) -> None:
+        """Put back what `filled` returned, after `added` transitions, `online` of them not from the data."""
         self.rows[: len(rows)].copy_(rows)
         self.added = added
         self.size.fill_(len(self))
+        self.data_size.fill_(added - online)
 
 
 def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) -> list[torch.Tensor]:
@@ -616,12 +645,17 @@ def main() -> None:
     action_dim = env.action_space.low.size
     total = args.offline_steps + args.online_steps
     files = checkpoint["progress"]["files"] if checkpoint else [str(path.resolve()) for path in find_dataset(args)]
-    if not checkpoint:
+    if checkpoint:
+        about_data = checkpoint["progress"]["about_data"]
+    else:
+        largest = 0
         for file in reversed(files or [None]):  # all are checked before the work, the first is kept
             data = load_data(file, env, args)
+            largest = max(largest, len(data))
+        about_data = statistics_of(data, env) | {"rows": largest}
 
     seed_random(args.seed)
-    actor, critics, targets, buffer = make_networks(args, env, device)
+    actor, critics, targets, buffer = make_networks(args, env, device, about_data)
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
     target_entropy = target_entropy_of(args, actor)
     beta = torch.tensor(float(args.beta), device=device)
@@ -640,15 +674,20 @@ def main() -> None:
                 part.load_state_dict(checkpoint[name])
             log_alpha.data.copy_(checkpoint["log_alpha"])
             losses.copy_(checkpoint["losses"])
-            buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
+            experience = max(0, checkpoint["progress"]["step"] - args.offline_steps)
+            buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"], experience)  # pop: it is large
             set_random_states(checkpoint["random"], device, env)
             set_running_statistics(env, checkpoint["statistics"])
     else:
         buffer.refill(data, len(data))
         print(f"{len(data)} transitions of {files[0] if files else args.env_id}", file=sys.stderr)
         del data
+    if args.rescale_actions:
+        env = rescaled(env, actor)
+        eval_env = rescaled(eval_env, actor)
     run = Run(args, total, checkpoint, files)
     progress = run.progress
+    progress.about_data = about_data
 
     jit = find_compiler(device) if args.compile else unchanged
     graph = CudaGraph if args.compile and args.cuda else unchanged
@@ -659,7 +698,7 @@ def main() -> None:
     offline_actor_gradients = jit(with_gradients(offline_actor_loss, actor))
 
     def update(offline: bool) -> None:
-        batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
+        batch = buffer.sample(args.batch_size, args.chunk, args.gamma, None if offline else args.online_fraction)
         noise = actor.noise(args.batch_size)
         alpha = log_alpha.detach().exp()
         discount = args.gamma**args.chunk
@@ -841,6 +880,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
+        ("online_fraction", lambda x: x is None or 0 <= x <= 1, "in [0, 1]"),
         ("cuda", lambda on: torch.cuda.is_available() or not on, "off: this torch finds no CUDA device; use --no-cuda"),
     ]
     for names, holds, requirement in rules:
@@ -877,20 +917,43 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     )  # fmt: skip
 
 
-def make_networks(args: Args, env: gym.Env, device: torch.device):
-    """What the flags and the environment ask for; stops the program if it does not fit together, or into memory.
+def statistics_of(data: torch.Tensor, env: gym.Env) -> dict[str, list[float]]:
+    """Mean and deviation of the data's observations, smallest and largest of its actions; 1 for what is constant."""
+    widths = [env.observation_space.shape[0], env.action_space.low.size]
+    obs, action, _ = data.split([*widths, data.shape[1] - sum(widths)], dim=1)
+    deviation, mean = torch.std_mean(obs, dim=0)
+    low, high = action.aminmax(dim=0)
+    constant = (low == high).float()
+    values = dict(mean=mean, deviation=torch.where(deviation > 1e-4, deviation, 1))
+    values |= dict(low=low - constant, high=high + constant)
+    return {name: value.tolist() for name, value in values.items()}
 
-    Returns the actor, two critics, their target networks and an empty buffer.
+
+def make_networks(args: Args, env: gym.Env, device: torch.device, about_data: dict):
+    """What the flags, the environment and the data's statistics ask for; stops the program if it does not fit together.
+
+    Returns the actor, two critics, their target networks and an empty buffer, with room for all that the run will
+    store: it cannot grow later, as CUDA graphs need it to stay in its place.
     """
     obs_dim = env.observation_space.shape[0]
     action_dim = env.action_space.low.size
+    low = about_data["low"] if args.rescale_actions else env.action_space.low.ravel()
+    high = about_data["high"] if args.rescale_actions else env.action_space.high.ravel()
+    rows = about_data["rows"] + args.online_steps + args.chunk  # the newest chunks run on into zeros
+    if args.online_fraction is not None and rows > args.buffer_size:
+        fail(f"--online-fraction tells data from experience by their place: --buffer-size must be at least {rows}")
     sizes = " ".join(f"{flag(name)} {n}" for name, n in vars(args).items() if name.endswith(("_dim", "_size")))
     with explained(f"cannot make networks and buffer with {sizes}"):
-        actor = make_actor(args, obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel()).to(device)
+        actor = make_actor(args, obs_dim, low, high)
         of_critic = obs_dim, actor.action_dim, args.critic_dim, args.critic_layers
-        critics = nn.ModuleList(Critic(*of_critic) for _ in range(2)).to(device)
+        critics = nn.ModuleList(Critic(*of_critic) for _ in range(2))
+        if args.normalize_observations:
+            for network in (actor, *critics):
+                network.normalizer.mean.copy_(torch.tensor(about_data["mean"]))
+                network.normalizer.deviation.copy_(torch.tensor(about_data["deviation"]))
         targets = copy.deepcopy(critics).requires_grad_(False)
-        return actor, critics, targets, ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+        networks = [network.to(device) for network in (actor, critics, targets)]
+        return *networks, ReplayBuffer(min(rows, args.buffer_size), obs_dim, action_dim, device)
 
 
 def target_entropy_of(args: Args, actor: Actor) -> float:
@@ -914,6 +977,8 @@ class Progress:
     """time spent training, without evaluations"""
     files: list = field(default_factory=list)
     """the files that hold the data"""
+    about_data: dict = field(default_factory=dict)
+    """its `statistics_of`, and the rows of the largest file"""
     rows: dict = field(
         default_factory=lambda: {
             "returns.csv": [["step", "return", "length", "success", "seconds"]],
@@ -1183,6 +1248,7 @@ def play(args: Args, policy: dict) -> None:
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size * args.chunk != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     set_running_statistics(env, policy["statistics"], frozen=True)
+    env = rescaled(env, actor) if args.rescale_actions else env
     choose = compiled_policy(actor, env, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
     with env:
@@ -1393,8 +1459,9 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
         fail(f"--env-id {args.env_id}: actions must be a Box of real numbers, not {action}; choose another task")
     extent = action.high.astype(np.float32) - action.low.astype(np.float32)
-    if not (np.isfinite(extent).all() and (extent > 0).all()):
-        fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; choose another task")
+    if not (extent > 0).all() or not (np.isfinite(extent).all() or args.rescale_actions):
+        remedy = "choose another task, or take the data's by --rescale-actions"
+        fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; {remedy}")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
             import moviepy  # noqa: F401
@@ -1402,6 +1469,17 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
             env.reset(seed=0)
             env.render()
     return env
+
+
+def rescaled(env: gym.Env, actor: Actor) -> gym.Env:
+    """`env` with the policy's bounds of actions: stretched to its own, or as they are where it has none."""
+    space = env.action_space
+    bounds = torch.stack([actor.bias - actor.scale, actor.bias + actor.scale])[:, : space.low.size]
+    low, high = bounds.cpu().numpy().reshape(2, *space.shape).astype(space.dtype)
+    finite = np.isfinite(space.low) & np.isfinite(space.high)
+    box = gym.spaces.Box(np.where(finite, space.low, low), np.where(finite, space.high, high), dtype=space.dtype)
+    clipped = gym.wrappers.TransformAction(env, lambda action: np.clip(action, box.low, box.high), box)
+    return gym.wrappers.RescaleAction(clipped, low, high)
 
 
 def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
@@ -1625,8 +1703,9 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
         if not np.isfinite(values).all():
             fail(f"{path}: {key} has NaN or infinite values: fetch it again or name another --dataset")
     outside = np.maximum(data["action"] - env.action_space.high, env.action_space.low - data["action"]).max()
-    if outside > 1e-3:
-        fail(f"{path}: actions leave the bounds of --env-id {args.env_id} by {outside:.3g}: clip or rescale them")
+    if outside > 1e-3 and not args.rescale_actions:
+        unit = "--rescale-actions if they are in another unit, else clip them"
+        fail(f"{path}: actions leave the bounds of --env-id {args.env_id} by {outside:.3g}: {unit}")
     longest = int(np.diff(np.flatnonzero(data["last"]), prepend=-1).max())
     if args.chunk > longest:
         fail(f"--chunk {args.chunk} is longer than every episode of {path}: at most {longest}")

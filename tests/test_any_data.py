@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import the_run
+from helpers import assert_same, checkpoint, the_run
 
 import sac_flow_offline2online as script
 
@@ -34,6 +34,7 @@ def refused(main, capsys):
     """`refused(flags, *texts)`: it stops with exit code 2 and one line that holds every text."""
 
     def refused(flags, *texts):
+        capsys.readouterr()
         with pytest.raises(SystemExit) as error:
             main(*flags)
         lines = capsys.readouterr().err.splitlines()
@@ -152,7 +153,7 @@ def test_own_files_that_do_not_fit(refused, tmp_path):
     refuse({"actions": arrays["actions"][:, :1]}, "(1,)", "(2,)")
     refuse({"observations/position": arrays["observations/position"][:, :1]}, "obs has shape (3,)")
     refuse({"rewards": np.full(len(arrays["rewards"]), np.nan)}, "reward has NaN")
-    refuse({"actions": 3 * arrays["actions"]}, "actions leave the bounds")
+    refuse({"actions": 3 * arrays["actions"]}, "actions leave the bounds", "--rescale-actions")
     path.write_bytes(b"nothing")
     refused(flags, str(path), "truncated, corrupted or of another format")
 
@@ -216,3 +217,188 @@ def test_dict_observations_are_flattened_as_the_environment_does(tmp_path, suffi
             done = terminated or truncated
     np.testing.assert_array_equal(rows["obs"], np.float32(obs))
     np.testing.assert_array_equal(rows["next_obs"], np.float32(next_obs))
+
+
+# --- units of actions ---
+
+
+def trained(main, tmp_path, *flags) -> tuple[Path, dict]:
+    """The folder of a short run, and its checkpoint."""
+    main(*flags, *SHORT, "--run-name", "trained")
+    run = tmp_path / "runs" / "trained"
+    return run, torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def test_actions_in_another_unit(main, tmp_path, reach):
+    """Data in units of a fiftieth: the policy acts in them, the environment in its own."""
+    arrays = play(unit=50.0)
+    low, high = arrays["actions"].min(0), arrays["actions"].max(0)
+    np.savez(reach, **arrays)
+    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--rescale-actions")
+    added = len(arrays["rewards"])
+    np.testing.assert_allclose(state["buffer"][:added, 4:6], arrays["actions"], rtol=1e-6)
+    rows = columns(state["buffer"][added:], 4, 2)
+    moved = rows["next_obs"][:, :2] - rows["obs"][:, :2]
+    free = np.abs(rows["next_obs"][:, :2]) < 1  # not at the wall
+    expected = 0.2 * (2 * (rows["action"] - low) / (high - low) - 1)
+    assert free.sum() > 10 and np.abs(rows["action"]).max() > 5
+    np.testing.assert_allclose(moved[free], expected[free], atol=1e-5)
+    actor = script.load_policy(run / "policy.pt")
+    chunk = actor.act(torch.randn(500, 4)).reshape(-1, 2).numpy()
+    assert (chunk >= low - 1e-3).all() and (chunk <= high + 1e-3).all() and np.ptp(chunk) > 50
+
+
+def test_unbounded_actions_take_the_bounds_of_the_data(main, refused, tmp_path, reach):
+    flags = ["--env-id", "goal_envs:Unbounded-v0", "--dataset", reach]
+    refused([*flags, "--no-cuda"], "finite bounds", "--rescale-actions")
+    np.savez(reach, **(play(unit=0.5)))
+    run, state = trained(main, tmp_path, *flags, "--rescale-actions")
+    rows = columns(state["buffer"][len(play()["rewards"]) :], 4, 2)
+    moved = rows["next_obs"][:, :2] - rows["obs"][:, :2]
+    free = np.abs(rows["next_obs"][:, :2]) < 1
+    np.testing.assert_allclose(moved[free], 0.2 * rows["action"][free], atol=1e-6)  # as they are
+    assert np.abs(rows["action"]).max() <= 0.5 + 1e-6
+
+
+def test_a_constant_action_stays_what_it_is(tmp_path):
+    args = script.Args(REACH, dataset="own.npz", rescale_actions=True, chunk=1, cuda=False)
+    env = script.make_env(args)
+    data = torch.zeros(10, 13)
+    data[:, 4] = torch.linspace(-2, 2, 10)
+    data[:, 5] = 7.0
+    about_data = script.statistics_of(data, env)
+    assert (about_data["low"], about_data["high"]) == ([-2, 6], [2, 8])
+    actor, *_ = script.make_networks(args, env, torch.device("cpu"), about_data | {"rows": 10})
+    torch.testing.assert_close(actor.unsquash(torch.tensor([[0.0, 7.0]])), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("env_id", [REACH, "goal_envs:Unbounded-v0"])
+def test_resumed_and_evaluated_in_these_units(main, tmp_path, reach, capsys, env_id):
+    """All that depends on the data comes back without it; the flags of one run are those of all parts here."""
+    flags = ["--env-id", env_id, "--dataset", reach, "--rescale-actions", "--normalize-observations"]
+    flags += ["--online-fraction", 0.5, *SHORT]
+    np.savez(reach, **play(unit=50.0))
+    main(*flags, "--run-name", "whole")
+    whole = checkpoint(tmp_path / "runs" / "whole")
+    stop = next(int(row[0]) for row in whole["rows"]["returns.csv"][1:] if row[0] > 30)
+    assert stop < 50
+    main(*flags, "--run-name", "part", "--online-steps", stop - 20)
+    reach.unlink()
+    part = tmp_path / "runs" / "part"
+    main("--resume", part, "--online-steps", 30)
+    resumed = checkpoint(part)
+    resumed["rows"]["eval.csv"] = [row for row in resumed["rows"]["eval.csv"] if row[0] != stop]
+    assert_same(resumed, whole | {"args": resumed["args"]})
+    capsys.readouterr()
+    main("--evaluate", part)
+    last = whole["rows"]["eval.csv"][-1]
+    assert f"stochastic: success {float(last[3]):.2f}" in capsys.readouterr().out
+
+
+# --- the buffer ---
+
+
+def test_the_buffer_takes_what_the_run_needs(tmp_path):
+    args = script.Args(REACH, dataset="own.npz", online_steps=30, chunk=3, cuda=False)
+    env = script.make_env(args)
+    about_data = script.statistics_of(torch.zeros(100, 13), env) | {"rows": 100}
+    *_, buffer = script.make_networks(args, env, torch.device("cpu"), about_data)
+    assert len(buffer.rows) == 100 + 30 + 3
+    args.buffer_size = 110
+    *_, buffer = script.make_networks(args, env, torch.device("cpu"), about_data)
+    assert len(buffer.rows) == 110
+
+
+def test_half_of_each_batch_is_online_experience():
+    """Observation is the row's number; data are the first 20."""
+    buffer = script.ReplayBuffer(100, 1, 1, torch.device("cpu"))
+    buffer.refill(torch.zeros(20, 6), 20)
+    buffer.rows[:20, 0] = torch.arange(20)
+    for i in range(20, 25):
+        buffer.add([i], [0], 0, 0, [0], follows=i > 20)
+    seen = buffer.sample(4000, 1, 1.0, 0.25)[0].flatten()
+    assert (seen >= 20).sum() == 1000 and seen[seen >= 20].unique().tolist() == [20, 21, 22, 23, 24]
+    assert seen[seen < 20].unique().tolist() == list(range(20))
+    uniform = buffer.sample(4000, 1, 1.0)[0].flatten()
+    assert (uniform >= 20).float().mean().item() == pytest.approx(0.2, abs=0.03)
+    other = script.ReplayBuffer(100, 1, 1, torch.device("cpu"))
+    other.refill(buffer.filled(), buffer.added, online=5)
+    assert (other.sample(4000, 1, 1.0, 0.25)[0] >= 20).sum() == 1000
+
+
+def test_only_online_batches_are_mixed(main, monkeypatch, refused, reach):
+    fractions = []
+    sample = script.ReplayBuffer.sample
+
+    def recorded(self, batch_size, chunk, gamma, online_fraction=None):
+        fractions.append(online_fraction)
+        return sample(self, batch_size, chunk, gamma, online_fraction)
+
+    monkeypatch.setattr(script.ReplayBuffer, "sample", recorded)
+    own = ["--env-id", REACH, "--dataset", reach, *SHORT]
+    main(*own, "--online-fraction", 0.5)
+    assert fractions == [None] * 20 + [0.5] * 20  # of 30 steps online the first 10 are without an update
+    refused([*own, "--online-fraction", 0.5, "--buffer-size", 50], "--online-fraction", "--buffer-size", "at least")
+    refused([*own, "--online-fraction", 1.5], "--online-fraction must be in [0, 1]")
+
+
+# --- observations standardised ---
+
+
+def test_observations_are_standardised_by_the_data(main, tmp_path, reach):
+    """In actor, critics and targets, and in the policy that is loaded elsewhere; the constant one is only shifted."""
+    arrays = play()
+    for kind in ("observations", "next_observations"):
+        arrays[f"{kind}/position"] = arrays[f"{kind}/position"] * [0.001, 0] + [5, 3]
+    np.savez(reach, **arrays)
+    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--normalize-observations")
+    obs = state["buffer"][: len(arrays["rewards"]), :4]
+    actor = script.load_policy(run / "policy.pt")
+    seen = actor.normalizer(obs)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(4), atol=1e-2, rtol=0)
+    torch.testing.assert_close(seen.std(0), torch.tensor([1.0, 0, 1, 1]), atol=1e-2, rtol=0)
+    for network, parts in (("actor", [""]), ("critics", ["0.", "1."]), ("targets", ["0.", "1."])):
+        for part in parts:
+            for name in ("mean", "deviation"):
+                assert torch.equal(state[network][f"{part}normalizer.{name}"], getattr(actor.normalizer, name))
+
+
+def test_networks_see_standardised_observations():
+    """With mean 3 and deviation 2 they compute of 2 obs + 3 what they computed of obs, whatever is asked of them."""
+    actor = script.Actor(2, [-1.0], [1.0], chunk=2, sigma_dim=8, learn_sigma=True)
+    torch.nn.init.normal_(actor.sigma_net[-1].weight)
+    critic = script.Critic(2, 2, 8, 1)
+    obs = torch.randn(5, 2)
+    noise = actor.noise(5)
+    a = torch.randn(5, 2)
+
+    def outputs(obs):
+        return [*actor.rollout(obs, noise)[:2], actor.sigma(obs), actor.velocity(0.5, a, obs), critic(obs, a)]
+
+    before = outputs(obs)
+    for network in (actor, critic):
+        network.normalizer.mean.fill_(3)
+        network.normalizer.deviation.fill_(2)
+    torch.testing.assert_close(outputs(2 * obs + 3), before)
+
+
+def test_without_the_flag_observations_are_as_they_were(main, tmp_path, reach):
+    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach)
+    assert state["actor"]["normalizer.mean"].tolist() == [0] * 4
+    assert state["critics"]["1.normalizer.deviation"].tolist() == [1] * 4
+
+
+# --- policy.pt ---
+
+
+def test_a_loaded_policy_gives_chunks(main, tmp_path, reach):
+    """Those of the actor that was trained, for a batch and for one observation."""
+    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--normalize-observations")
+    actor = script.load_policy(run / "policy.pt")
+    obs = torch.randn(7, 4)
+    trained_actor = script.make_actor(script.Args(**state["args"]), 4, [-1, -1], [1, 1])
+    trained_actor.load_state_dict(state["actor"])
+    chunks = actor.act(obs, deterministic=True)
+    assert chunks.shape == (7, 3 * 2) and (chunks.abs() <= 1).all()
+    assert torch.equal(chunks, trained_actor.act(obs, deterministic=True))
+    torch.testing.assert_close(actor.act(obs[0], deterministic=True), chunks[0])
