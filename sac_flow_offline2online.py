@@ -90,14 +90,17 @@ class Args:
 
     # What to run
     env_id: str = "lift"
-    """lift, can or square (robosuite), an OGBench singletask id (cube-single-play-singletask-task1-v0), the id of a
-    Minari data set (mujoco/hopper/medium-v0), or with --dataset any gymnasium id (my_package:MyEnv-v0)"""
+    """lift, can, square or robosuite/<Name> (robosuite), an OGBench singletask id
+    (cube-single-play-singletask-task1-v0), the id of a Minari data set (mujoco/hopper/medium-v0), or with --dataset any
+    gymnasium id (my_package:MyEnv-v0)"""
     env_kwargs: Optional[str] = None
-    """arguments of the environment as JSON, such as '{"max_episode_steps": 200}'"""
+    """arguments of the environment as JSON, such as '{"max_episode_steps": 200}'; robosuite: beside the data's own"""
     dataset: Optional[str] = None
     """file with the data (robomimic's .hdf5, OGBench's .npz; for a gymnasium id .npz or .hdf5 with D4RL's keys), a
     folder of .npz files that are used in turn, or the root folder of Minari data sets; default: where the packages keep
     what they download, then data/"""
+    obs_keys: tuple[str, ...] = ()
+    """parts of the observation, in order, of a robomimic file; default: its usual four"""
     collect: Optional[int] = None
     """episodes to collect with scripted experts if the data cannot be had; default 100 for robosuite, else 0"""
     seed: int = 1
@@ -1363,7 +1366,7 @@ def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
     """
     own = dataset and (Path(dataset).suffix in (".npz", ".hdf5") or any(Path(dataset).expanduser().glob("*.npz")))
     package = "gymnasium" if own else "minari"
-    if env_id in ROBOSUITE:
+    if env_id in ROBOSUITE or env_id.startswith("robosuite/"):
         package = "robosuite"
     elif "-singletask" in env_id:
         package = "ogbench"
@@ -1384,27 +1387,67 @@ def play_set(env_id: str) -> str:
     return re.sub(r"-singletask(-task\d)?", "", env_id)
 
 
+def robosuite_task(env_id: str) -> tuple[str, int]:
+    """robosuite's name of lift, can, square or robosuite/<name>, and after how many steps an episode is cut."""
+    return ROBOSUITE.get(env_id, (env_id.removeprefix("robosuite/"), 400))
+
+
+def robomimic_kwargs(path: str, env_id: str) -> dict:
+    """What a robomimic file says of its environment's arguments; stops the program if they do not fit what is here."""
+    import h5py
+    import robosuite
+
+    with explained(f"{path} is truncated, corrupted or of another format"), h5py.File(path) as file:
+        env_args = json.loads(file["data"].attrs.get("env_args", "{}"))
+    kwargs = env_args.get("env_kwargs", ROBOSUITE_KWARGS)
+    name, _ = robosuite_task(env_id)
+    here = robosuite.__version__
+    version = env_args.get("env_version", here)
+    controllers = kwargs.get("controller_configs") or {"body_parts": {}}  # robosuite's default for the robot
+    controller = controllers[0] if isinstance(controllers, list) else controllers
+    remedy = "name another --dataset"
+    if env_args.get("env_name", name) != name:
+        fail(f"{path} is of {env_args['env_name']}, not of --env-id {env_id}: {remedy}")
+    if version.split(".")[:2] != here.split(".")[:2]:
+        fail(f"{path} was made with robosuite {version}, here is {here}: {remedy}, or install that version")
+    if "body_parts" not in controller:
+        fail(f"{path} has a controller of robosuite before 1.5 ({controller.get('type')}), here is {here}: {remedy}")
+    if kwargs.get("reward_shaping"):
+        fail(f"{path} has shaped rewards, of which none says success: {remedy}")
+    return kwargs
+
+
 class RobosuiteEnv(gym.Env):
-    """lift, can or square with robomimic's low-dim observation; reward 0 at success, which terminates, else -1."""
+    """A robosuite task with robomimic's low-dim observation; reward 0 at success, which terminates, else -1.
+
+    `kwargs` are robosuite's own, such as a data file has them.
+    """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
-    def __init__(self, task: str, render_mode: Optional[str] = None, max_episode_steps: Optional[int] = None):
+    def __init__(
+        self, task: str, render_mode: Optional[str] = None, max_episode_steps: Optional[int] = None,
+        obs_keys=OBS_KEYS, **kwargs,
+    ):  # fmt: skip
         import robosuite
 
-        name, horizon = ROBOSUITE[task]
+        name, horizon = robosuite_task(task)
         self.horizon = max_episode_steps or horizon
+        self.obs_keys = obs_keys
         self.render_mode = render_mode
-        render = render_mode == "rgb_array"
-        self.env = robosuite.make(name, **ROBOSUITE_KWARGS, has_offscreen_renderer=render, seed=0)
+        headless = dict(has_renderer=False, has_offscreen_renderer=render_mode == "rgb_array", use_camera_obs=False)
+        self.env = robosuite.make(name, **{**(kwargs or ROBOSUITE_KWARGS), **headless, "ignore_done": True, "seed": 0})
         # All its randomness comes from this generator, which it seeds once: here its state is set at a seeded reset.
         self._np_random = self.env.rng
+        names = {"object", *self.env._get_observations()}
+        if not names.issuperset(obs_keys):
+            raise ValueError(f"--obs-keys {' '.join(obs_keys)} must be of {', '.join(sorted(names))}")
         low, high = self.env.action_spec
         self.action_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.reset()[0].shape, np.float64)
 
     def _obs(self, obs: dict) -> np.ndarray:
-        return np.concatenate([obs["object-state" if key == "object" else key] for key in OBS_KEYS])
+        return np.concatenate([obs["object-state" if key == "object" else key] for key in self.obs_keys])
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -1433,10 +1476,13 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
         os.environ.setdefault("MUJOCO_GL", "egl" if render_mode else "disabled")
     package = benchmark_of(args.env_id, args.dataset)
     kwargs = json.loads(args.env_kwargs or "{}")
+    if package == "robosuite" and not (args.resume or args.evaluate):
+        kwargs = robomimic_kwargs(str(find_dataset(args)[0]), args.env_id) | kwargs
+        args.env_kwargs = json.dumps(kwargs)  # kept with the run, which can then do without the file
     kwargs |= {"render_mode": render_mode} if render_mode else {}
     with explained(f"--env-id {args.env_id}"):
         if package == "robosuite":
-            env = RobosuiteEnv(args.env_id, **kwargs)
+            env = RobosuiteEnv(args.env_id, obs_keys=args.obs_keys or OBS_KEYS, **kwargs)
         elif package == "ogbench":
             import ogbench
 
@@ -1521,7 +1567,7 @@ def find_dataset(args: Args) -> list[Path]:
         if not files or not files[0].is_file():
             fail(f"--dataset {path}: {'no .npz file in this folder' if path.is_dir() else 'no such file or folder'}")
         return files
-    if args.env_id in ROBOSUITE:
+    if benchmark_of(args.env_id) == "robosuite":
         folder = Path.home() / ".robomimic" / args.env_id
         published = [folder / kind / "low_dim_v15.hdf5" for kind in ("mh", "ph")]
         found = [path for path in published if path.is_file()]
@@ -1564,18 +1610,15 @@ def joined(episodes: list[dict]) -> dict:
     return {key: np.concatenate([episode[key] for episode in episodes]) for key in COLUMNS} if episodes else {}
 
 
-def read_robomimic(path: str, task: str) -> dict:
+def read_robomimic(path: str, keys: tuple[str, ...]) -> dict:
     """Arrays of a robomimic low-dim file, see `load_data`."""
     import h5py
 
     episodes = []
     with h5py.File(path) as file:
-        made_in = json.loads(file["data"].attrs.get("env_args", "{}")).get("env_name", ROBOSUITE[task][0])
-        if made_in != ROBOSUITE[task][0]:
-            fail(f"{path} is of {made_in}, not of --env-id {task}: name another --dataset")
         for name in sorted(file["data"], key=lambda name: int(name.removeprefix("demo_"))):  # demo_10 after demo_9
             demo = file["data"][name]
-            obs, next_obs = (np.concatenate([demo[kind][k][:] for k in OBS_KEYS], 1) for kind in ("obs", "next_obs"))
+            obs, next_obs = (np.concatenate([demo[kind][k][:] for k in keys], 1) for kind in ("obs", "next_obs"))
             reward = demo["rewards"][:]
             ends = dict(terminated=reward > 0)  # `dones` is also 1 at a demonstration's end, which is no termination
             episodes.append(dict(obs=obs, action=demo["actions"][:], reward=reward - 1, **ends, next_obs=next_obs))
@@ -1679,7 +1722,8 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     package = benchmark_of(args.env_id, args.dataset)
     try:
         if package == "robosuite":
-            data = read_robomimic(path, args.env_id)
+            robomimic_kwargs(path, args.env_id)
+            data = read_robomimic(path, args.obs_keys or OBS_KEYS)
         elif package == "ogbench":
             data = read_ogbench(path, env, args)
         elif package == "gymnasium":

@@ -1,6 +1,7 @@
 """sac_flow_offline2online.py on a user's own data and environment: files, dict observations, units of actions."""
 
 import csv
+import json
 from pathlib import Path
 
 import gymnasium as gym
@@ -386,6 +387,84 @@ def test_without_the_flag_observations_are_as_they_were(main, tmp_path, reach):
     run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach)
     assert state["actor"]["normalizer.mean"].tolist() == [0] * 4
     assert state["critics"]["1.normalizer.deviation"].tolist() == [1] * 4
+
+
+# --- robomimic ---
+
+ARM = dict(type="JOINT_POSITION", input_max=1, input_min=-1, output_max=0.05, output_min=-0.05, kp=50)
+ARM |= dict(damping_ratio=1, impedance_mode="fixed", input_type="delta", interpolation=None, gripper=dict(type="GRIP"))
+KEYS = ("robot0_joint_pos", "object")
+
+
+def robomimic_file(path: Path, env_name="Lift", changes=None, **env_kwargs) -> Path:
+    """Two demonstrations of 6 steps, with joint positions' changes as actions and, in `KEYS`, 17 observations."""
+    h5py = pytest.importorskip("h5py")
+    robosuite = pytest.importorskip("robosuite")
+    kwargs = script.ROBOSUITE_KWARGS | dict(control_freq=10, camera_names=["agentview"], use_object_obs=True)
+    kwargs |= dict(controller_configs=dict(type="BASIC", body_parts=dict(right=ARM))) | env_kwargs
+    env_args = dict(env_name=env_name, env_version=robosuite.__version__, type=1, env_kwargs=kwargs)
+    generator = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for i in range(2):
+            demo = file.create_group(f"data/demo_{i}")
+            demo["actions"] = generator.uniform(-1, 1, (6, 8))
+            demo["rewards"] = np.arange(6) == 5
+            for kind in ("obs", "next_obs"):
+                demo[f"{kind}/robot0_joint_pos"] = generator.normal(size=(6, 7))
+                demo[f"{kind}/object"] = generator.normal(size=(6, 10))
+        file["data"].attrs["env_args"] = json.dumps(env_args | (changes or {}))
+    return path
+
+
+def test_the_environment_is_the_files_own(tmp_path):
+    """Controller, frequency and task are those of the file, the observation that of the keys."""
+    path = robomimic_file(tmp_path / "lift.hdf5", env_name="Stack")
+    args = script.Args("robosuite/Stack", dataset=str(path), obs_keys=KEYS, env_kwargs='{"max_episode_steps": 3}')
+    env = script.make_env(args)
+    inner = env.unwrapped.env
+    assert type(inner).__name__ == "Stack" and inner.control_freq == 10 and env.action_space.shape == (8,)
+    assert not inner.use_camera_obs and "max_episode_steps" in args.env_kwargs
+    obs, _ = env.reset(seed=0)
+    raw = inner._get_observations()
+    np.testing.assert_array_equal(obs, np.concatenate([raw["robot0_joint_pos"], raw["object-state"]]))
+    assert [env.step(np.zeros(8))[3] for _ in range(3)] == [False, False, True]
+    path.unlink()
+    kept = script.make_env(script.Args("robosuite/Stack", evaluate="runs/x", obs_keys=KEYS, env_kwargs=args.env_kwargs))
+    np.testing.assert_array_equal(kept.reset(seed=0)[0], obs)
+    assert kept.unwrapped.env.control_freq == 10
+
+
+def test_rows_hold_the_keys_of_the_observation(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = robomimic_file(tmp_path / "lift.hdf5")
+
+    class Spaces(Line):
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (17,))
+        action_space = gym.spaces.Box(-1, 1, (8,))
+
+    rows = columns(script.load_data(str(path), Spaces(), script.Args("lift", obs_keys=KEYS)), 17, 8)
+    with h5py.File(path) as file:
+        demo = file["data/demo_1"]
+        expected = np.concatenate([demo["next_obs/robot0_joint_pos"], demo["next_obs/object"]], axis=1)
+    np.testing.assert_array_equal(rows["next_obs"][6:], np.float32(expected))
+
+
+def test_robomimic_files_that_do_not_fit(refused, tmp_path):
+    path = tmp_path / "lift.hdf5"
+    flags = ["--dataset", path, "--no-cuda", "--obs-keys", *KEYS]
+
+    def refuse(*texts, **changes):
+        robomimic_file(path, **changes)
+        refused(flags, str(path), *texts)
+
+    refuse("robosuite 1.4.1", "here is 1.5", changes=dict(env_version="1.4.1"))
+    refuse("controller", "OSC_POSE", controller_configs=dict(type="OSC_POSE", input_max=1))
+    refuse("of Stack, not of --env-id lift", env_name="Stack")
+    refuse("shaped rewards", reward_shaping=True)
+    robomimic_file(path)
+    refused([*flags[:3], "--obs-keys", "object", "camera"], "--obs-keys", "camera", "robot0_joint_pos")
+    path.write_bytes(path.read_bytes()[:500])
+    refused(flags, str(path), "truncated, corrupted or of another format")
 
 
 # --- policy.pt ---
