@@ -26,6 +26,7 @@ Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-vi
 #     "dm_control==1.0.41",
 #     "h5py==3.16.0",
 #     "minari[hdf5]==0.5.3",
+#     "pyarrow==24.0.0",
 #     "numpy==1.26.4",
 # ]
 # ///
@@ -97,10 +98,10 @@ class Args:
     """arguments of the environment as JSON, such as '{"max_episode_steps": 200}'; robosuite: beside the data's own"""
     dataset: Optional[str] = None
     """file with the data (robomimic's .hdf5, OGBench's .npz; for a gymnasium id .npz or .hdf5 with D4RL's keys), a
-    folder of .npz files that are used in turn, or the root folder of Minari data sets; default: where the packages keep
-    what they download, then data/"""
+    folder of .npz files that are used in turn, that of a LeRobot data set (version 3), or the root folder of Minari
+    data sets; default: where the packages keep what they download, then data/"""
     obs_keys: tuple[str, ...] = ()
-    """parts of the observation, in order, of a robomimic file; default: its usual four"""
+    """parts of the observation, in order; default: the usual four of robomimic, observation.state of LeRobot"""
     collect: Optional[int] = None
     """episodes to collect with scripted experts if the data cannot be had; default 100 for robosuite, else 0"""
     seed: int = 1
@@ -1360,12 +1361,15 @@ def lock(file) -> None:
 
 
 def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
-    """Where task and data come from: robosuite, ogbench, minari or, for a data file of one's own, gymnasium.
+    """The package that reads the data: robosuite, ogbench, minari; for data of one's own gymnasium, of LeRobot pyarrow.
 
-    Stops the program if the package is not installed.
+    Stops the program if it is not installed.
     """
-    own = dataset and (Path(dataset).suffix in (".npz", ".hdf5") or any(Path(dataset).expanduser().glob("*.npz")))
-    package = "gymnasium" if own else "minari"
+    package = "minari"
+    if dataset:
+        path = Path(dataset).expanduser()
+        own = path.suffix in (".npz", ".hdf5") or any(path.glob("*.npz"))
+        package = "gymnasium" if own else "pyarrow" if is_lerobot(path) else "minari"
     if env_id in ROBOSUITE or env_id.startswith("robosuite/"):
         package = "robosuite"
     elif "-singletask" in env_id:
@@ -1374,12 +1378,17 @@ def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
     logging.getLogger("robosuite_logs").disabled = True  # its notes on what it lacks and we do not need
     try:
         __import__(package)
-        if not (own and dataset.endswith(".npz")):
+        if not (package == "gymnasium" and dataset.endswith(".npz")):
             __import__("h5py")
     except ImportError as error:
         install = "pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt"
         fail(f"--env-id {env_id} needs {error.name or package}: {install}")
     return package
+
+
+def is_lerobot(path: Path) -> bool:
+    """Whether a folder holds a LeRobot data set."""
+    return (path / "meta" / "info.json").is_file()
 
 
 def play_set(env_id: str) -> str:
@@ -1489,12 +1498,12 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
             env = ogbench.make_env_and_datasets(args.env_id, env_only=True, **kwargs)
             if args.sparse:  # -1 until everything is done, in place of minus the number of things not done
                 env = gym.wrappers.TransformReward(env, lambda reward: -float(reward != 0))
-        elif package == "gymnasium":
+        elif package == "minari":
+            env = minari_dataset(args).recover_environment(**kwargs)
+        else:
             env = gym.make(args.env_id, **kwargs)
             if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
                 env = gym.wrappers.TimeLimit(env, 10_000)
-        else:
-            env = minari_dataset(args).recover_environment(**kwargs)
         env = gym.wrappers.RecordEpisodeStatistics(env)
         if isinstance(env.observation_space, gym.spaces.Dict):
             env = gym.wrappers.FlattenObservation(env)  # outermost, where `data_space` finds it
@@ -1562,9 +1571,9 @@ def find_dataset(args: Args) -> list[Path]:
     if args.dataset:
         path = Path(args.dataset).expanduser()
         files = [path]
-        if path.is_dir():
+        if path.is_dir() and not is_lerobot(path):
             files = sorted(file for file in path.glob("*.npz") if not file.stem.endswith("-val"))
-        if not files or not files[0].is_file():
+        if not files or not files[0].exists():
             fail(f"--dataset {path}: {'no .npz file in this folder' if path.is_dir() else 'no such file or folder'}")
         return files
     if benchmark_of(args.env_id) == "robosuite":
@@ -1692,6 +1701,26 @@ def read_d4rl(path: str, space: gym.Space) -> dict:
     return arrays
 
 
+def read_lerobot(folder: Path, keys: tuple[str, ...]) -> dict:
+    """D4RL's arrays of a LeRobot data set, version 3; next.done terminates, an episode's end alone is a timeout."""
+    import pyarrow.dataset
+
+    version = json.loads((folder / "meta" / "info.json").read_text())["codebase_version"]
+    if not version.startswith("v3."):
+        raise ValueError(f"LeRobot's {version}, not v3")
+    names = [*keys, "action", "next.reward", "next.done", "episode_index", "index"]  # and no images
+    stored = pyarrow.dataset.dataset(folder / "data", format="parquet")
+    if missing := set(names) - set(stored.schema.names):
+        raise KeyError(", ".join(missing))
+    table = stored.to_table(columns=names).sort_by("index")
+    column = lambda name: np.stack(table[name].to_numpy()).reshape(len(table), -1)  # noqa: E731
+    episode = column("episode_index")[:, 0]
+    return dict(
+        observations=np.concatenate([column(key) for key in keys], axis=1), actions=column("action"),
+        rewards=column("next.reward"), terminals=column("next.done"), timeouts=episode != np.append(episode[1:], -1),
+    )  # fmt: skip
+
+
 def from_d4rl(arrays: dict) -> dict:
     """D4RL's arrays as `load_data` has them; the end of the last episode counts as a timeout.
 
@@ -1728,6 +1757,8 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
             data = read_ogbench(path, env, args)
         elif package == "gymnasium":
             data = from_d4rl(read_d4rl(path, data_space(env)))
+        elif package == "pyarrow":
+            data = from_d4rl(read_lerobot(Path(path), args.obs_keys or ("observation.state",)))
         else:
             path = args.env_id
             data = read_minari(minari_dataset(args), data_space(env))

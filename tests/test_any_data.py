@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -47,7 +48,10 @@ def refused(main, capsys):
 
 
 def play(episodes: int = 6, unit: float = 1.0) -> dict:
-    """D4RL's arrays of `Reach`, played by a noisy controller; dict observations as <key>/<key> of one level each."""
+    """D4RL's arrays of `Reach`, its dict of observations as <name>/<key>.
+
+    Even episodes are played by a noisy controller, odd ones by its noise alone: they seldom terminate.
+    """
     generator = np.random.default_rng(0)
     env = gym.make(REACH)
     rows = {}
@@ -56,7 +60,9 @@ def play(episodes: int = 6, unit: float = 1.0) -> dict:
         done = False
         while not done:
             goal = np.concatenate([obs["goal"]["x"], obs["goal"]["y"]])
-            action = np.clip((goal - obs["position"]) / 0.2 + 0.7 * generator.normal(size=2), -1, 1).astype(np.float32)
+            action = np.clip(
+                (1 - i % 2) * (goal - obs["position"]) / 0.2 + 0.7 * generator.normal(size=2), -1, 1
+            ).astype(np.float32)
             before = obs
             obs, reward, terminated, truncated, _ = env.step(action)
             done = terminated or truncated
@@ -481,3 +487,75 @@ def test_a_loaded_policy_gives_chunks(main, tmp_path, reach):
     assert chunks.shape == (7, 3 * 2) and (chunks.abs() <= 1).all()
     assert torch.equal(chunks, trained_actor.act(obs, deterministic=True))
     torch.testing.assert_close(actor.act(obs[0], deterministic=True), chunks[0])
+
+
+# --- LeRobot ---
+
+
+def write_lerobot(folder: Path, version: str = "v3.0", drop=()) -> dict:
+    """`play` as a LeRobot data set of two files, its frames out of order; returns its columns, in order."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrays = play()
+    obs = np.concatenate([arrays[f"observations/{key}"] for key in ("position", "goal/x", "goal/y")], axis=1)
+    ends = arrays["terminals"] | arrays["timeouts"]
+    frames = {
+        "observation.state": obs[:, :2].astype(np.float32), "observation.environment_state": obs[:, 2:],
+        "action": arrays["actions"], "next.reward": arrays["rewards"].astype(np.float32),
+        "next.done": arrays["terminals"], "episode_index": np.append(0, np.cumsum(ends)[:-1]),
+        "index": np.arange(len(obs)),
+    }  # fmt: skip
+    (folder / "meta").mkdir(parents=True)
+    (folder / "data" / "chunk-000").mkdir(parents=True)
+    (folder / "meta" / "info.json").write_text(json.dumps(dict(codebase_version=version, fps=10)))
+    half = len(obs) // 2
+    for number, part in enumerate((slice(half, None), slice(0, half))):
+        columns = {name: list(values[part]) for name, values in frames.items() if name not in drop}
+        parquet.write_table(pyarrow.table(columns), folder / "data" / "chunk-000" / f"file-{number:03d}.parquet")
+    return frames
+
+
+LEROBOT_KEYS = ["--obs-keys", "observation.state", "observation.environment_state"]
+
+
+def test_lerobot_in_an_own_environment(main, tmp_path):
+    frames = write_lerobot(tmp_path / "set")
+    main("--env-id", REACH, "--dataset", tmp_path / "set", *LEROBOT_KEYS, *SHORT)
+    state = torch.load(the_run(tmp_path) / "checkpoint.pt", weights_only=True)
+    goes_on = np.append(frames["episode_index"][1:] == frames["episode_index"][:-1], False) | frames["next.done"]
+    n = goes_on.sum()
+    assert state["buffer_added"] == n + 30 and 0 < n < len(goes_on)  # without what leads to an unknown observation
+    rows = columns(state["buffer"][:n], 4, 2)
+    obs = np.hstack([frames["observation.state"], frames["observation.environment_state"]])
+    np.testing.assert_array_equal(rows["obs"], np.float32(obs[goes_on]))
+    np.testing.assert_array_equal(rows["action"], frames["action"][goes_on])
+    np.testing.assert_array_equal(rows["reward"], frames["next.reward"][goes_on])
+    np.testing.assert_array_equal(rows["terminated"], frames["next.done"][goes_on])
+    inside = (rows["last"] == 0).nonzero()[0]
+    np.testing.assert_array_equal(rows["next_obs"][inside], rows["obs"][inside + 1])
+    assert rows["last"].sum() == 6
+
+
+def test_lerobot_sets_that_do_not_fit(refused, tmp_path, monkeypatch):
+    flags = ["--env-id", REACH, "--no-cuda", "--dataset"]
+    write_lerobot(tmp_path / "old", version="v2.1")
+    refused([*flags, tmp_path / "old"], str(tmp_path / "old"), "v2.1, not v3")
+    write_lerobot(tmp_path / "imitation", drop=["next.reward"])
+    refused([*flags, tmp_path / "imitation", *LEROBOT_KEYS], "lacks", "next.reward")
+    refused([*flags, tmp_path / "imitation", "--obs-keys", "observation.stat"], "lacks", "observation.stat")
+    refused([*flags, tmp_path / "imitation", "--resume", "x"], "there is no x")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused([*flags, tmp_path / "old"], "needs pyarrow", "-r benchmark/demonstrations/requirements.txt")
+
+
+# --- collected data ---
+
+
+def test_the_expert_closes_the_gripper_without_noise():
+    """Its commands are exactly open or closed, the arm's are noisy."""
+    pytest.importorskip("robosuite")
+    import collect
+
+    actions = collect.robosuite_player(collect.Args(env_id="lift", noise=0.3))(1)["actions"]
+    assert set(actions[:, 6]) == {collect.OPEN, collect.CLOSE}
+    assert np.abs(np.diff(actions[-8:, 3:6], axis=0)).min() > 0

@@ -102,6 +102,7 @@ def quiet() -> None:
 # position and rotation deltas of the controller and the gripper, each in [-1, 1].
 
 OPEN, CLOSE = -1.0, 1.0
+NOISY = np.array([1, 1, 1, 1, 1, 1, 0])  # not the gripper: clipped at its bound, half of its noise would say nothing
 
 
 def heading(quat) -> float:
@@ -242,7 +243,7 @@ def robosuite_player(args: Args) -> Callable:
         model_file, expert = env.sim.model.get_xml(), task.expert(obs, env)
         action = next(expert)
         for _ in range(task.horizon):
-            action = np.clip(action + args.noise * rng.standard_normal(7), -1, 1)
+            action = np.clip(action + args.noise * rng.standard_normal(7) * NOISY, -1, 1)
             rows["states"].append(env.sim.get_state().flatten())
             before, (obs, reward, *_) = robomimic_obs(obs), env.step(action)
             for key, value in robomimic_obs(obs).items():
