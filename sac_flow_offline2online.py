@@ -67,16 +67,6 @@ SCRIPT = Path(__file__).stem
 LOSSES = ("qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy")
 # robosuite's tasks: its environment's name, the horizon of robomimic's data sets
 ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("NutAssemblySquare", 400)}
-# The environments of robomimic's v1.5 data sets, as public quotations of their env_args give them
-ROBOSUITE_KWARGS = dict(
-    robots=["Panda"], control_freq=20, lite_physics=False, reward_shaping=False, ignore_done=True, has_renderer=False,
-    use_camera_obs=False, controller_configs=dict(type="BASIC", body_parts=dict(right=dict(
-        type="OSC_POSE", input_max=1, input_min=-1, output_max=[0.05] * 3 + [0.5] * 3,
-        output_min=[-0.05] * 3 + [-0.5] * 3, kp=150, damping=1, impedance_mode="fixed", kp_limits=[0, 300],
-        damping_limits=[0, 10], position_limits=None, orientation_limits=None, uncouple_pos_ori=True,
-        control_delta=True, interpolation=None, ramp_ratio=0.2, input_ref_frame="world", gripper=dict(type="GRIP"),
-    ))),
-)  # fmt: skip
 SCORES = ("success_rate", "success_low", "success_high", "return", "return_error", "length")  # of an evaluation
 COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dim observation
@@ -1408,7 +1398,7 @@ def robomimic_kwargs(path: str, env_id: str) -> dict:
 
     with explained(f"{path} is truncated, corrupted or of another format"), h5py.File(path) as file:
         env_args = json.loads(file["data"].attrs.get("env_args", "{}"))
-    kwargs = env_args.get("env_kwargs", ROBOSUITE_KWARGS)
+    kwargs = env_args.get("env_kwargs", {})
     name, _ = robosuite_task(env_id)
     here = robosuite.__version__
     version = env_args.get("env_version", here)
@@ -1445,7 +1435,7 @@ class RobosuiteEnv(gym.Env):
         self.obs_keys = obs_keys
         self.render_mode = render_mode
         headless = dict(has_renderer=False, has_offscreen_renderer=render_mode == "rgb_array", use_camera_obs=False)
-        self.env = robosuite.make(name, **{**(kwargs or ROBOSUITE_KWARGS), **headless, "ignore_done": True, "seed": 0})
+        self.env = robosuite.make(name, **{"robots": "Panda", **kwargs, **headless, "ignore_done": True, "seed": 0})
         # All its randomness comes from this generator, which it seeds once: here its state is set at a seeded reset.
         self._np_random = self.env.rng
         names = {"object", *self.env._get_observations()}

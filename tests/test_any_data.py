@@ -406,7 +406,7 @@ def robomimic_file(path: Path, env_name="Lift", changes=None, **env_kwargs) -> P
     """Two demonstrations of 6 steps, with joint positions' changes as actions and, in `KEYS`, 17 observations."""
     h5py = pytest.importorskip("h5py")
     robosuite = pytest.importorskip("robosuite")
-    kwargs = script.ROBOSUITE_KWARGS | dict(control_freq=10, camera_names=["agentview"], use_object_obs=True)
+    kwargs = dict(robots=["Panda"], control_freq=10, camera_names=["agentview"], use_camera_obs=True)
     kwargs |= dict(controller_configs=dict(type="BASIC", body_parts=dict(right=ARM))) | env_kwargs
     env_args = dict(env_name=env_name, env_version=robosuite.__version__, type=1, env_kwargs=kwargs)
     generator = np.random.default_rng(0)

@@ -45,9 +45,19 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "measurements")]
-from sac_flow_offline2online import ROBOSUITE_KWARGS, play_set  # noqa: E402
+from sac_flow_offline2online import play_set  # noqa: E402
 
-ENV_KWARGS = dict(**ROBOSUITE_KWARGS, has_offscreen_renderer=False, use_object_obs=True)
+# The environments of robomimic's v1.5 data sets, as public quotations of their env_args give them
+ENV_KWARGS = dict(
+    robots=["Panda"], control_freq=20, lite_physics=False, reward_shaping=False, ignore_done=True, has_renderer=False,
+    use_camera_obs=False, has_offscreen_renderer=False, use_object_obs=True,
+    controller_configs=dict(type="BASIC", body_parts=dict(right=dict(
+        type="OSC_POSE", input_max=1, input_min=-1, output_max=[0.05] * 3 + [0.5] * 3,
+        output_min=[-0.05] * 3 + [-0.5] * 3, kp=150, damping=1, impedance_mode="fixed", kp_limits=[0, 300],
+        damping_limits=[0, 10], position_limits=None, orientation_limits=None, uncouple_pos_ori=True,
+        control_delta=True, interpolation=None, ramp_ratio=0.2, input_ref_frame="world", gripper=dict(type="GRIP"),
+    ))),
+)  # fmt: skip
 INSTALL = "pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt"
 ATTEMPTS = 20  # at one episode, before the expert counts as broken
 
