@@ -255,6 +255,26 @@ def test_actions_in_another_unit(main, tmp_path, reach):
     assert (chunk >= low - 1e-3).all() and (chunk <= high + 1e-3).all() and np.ptp(chunk) > 50
 
 
+def test_every_environment_is_given_its_own_units(main, monkeypatch, tmp_path, reach):
+    """Those of training, evaluation and --evaluate: actions in another unit would be clipped to +-1."""
+    import goal_envs
+
+    seen = {}
+    step = goal_envs.Reach.step
+
+    def recorded(self, action):
+        seen.setdefault(self, []).append(np.abs(action))
+        return step(self, action)
+
+    np.savez(reach, **play(unit=50.0))
+    monkeypatch.setattr(goal_envs.Reach, "step", recorded)
+    run, _ = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--rescale-actions")
+    main("--evaluate", run)
+    assert len(seen) == 3
+    for actions in map(np.array, seen.values()):
+        assert actions.max() <= 1 and (actions == 1).mean() < 0.5
+
+
 def test_unbounded_actions_take_the_bounds_of_the_data(main, refused, tmp_path, reach):
     flags = ["--env-id", "goal_envs:Unbounded-v0", "--dataset", reach]
     refused([*flags, "--no-cuda"], "finite bounds", "--rescale-actions")
