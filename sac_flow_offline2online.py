@@ -912,7 +912,10 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
 
 
 def statistics_of(data: torch.Tensor, env: gym.Env) -> dict[str, list[float]]:
-    """Mean and deviation of the data's observations, smallest and largest of its actions; 1 for what is constant."""
+    """Mean and deviation of the data's observations, low and high of its actions, as lists.
+
+    What is constant has deviation 1, and bounds 1 below and above it.
+    """
     widths = [env.observation_space.shape[0], env.action_space.low.size]
     obs, action, _ = data.split([*widths, data.shape[1] - sum(widths)], dim=1)
     deviation, mean = torch.std_mean(obs, dim=0)
@@ -972,7 +975,7 @@ class Progress:
     files: list = field(default_factory=list)
     """the files that hold the data"""
     about_data: dict = field(default_factory=dict)
-    """its `statistics_of`, and the rows of the largest file"""
+    """the `statistics_of` the first of them, and the rows of the largest"""
     rows: dict = field(
         default_factory=lambda: {
             "returns.csv": [["step", "return", "length", "success", "seconds"]],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, checkpoint, the_run
+from helpers import ROOT, assert_same, checkpoint, the_run
 
 import sac_flow_offline2online as script
 
@@ -413,6 +414,33 @@ def test_without_the_flag_observations_are_as_they_were(main, tmp_path, reach):
     run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach)
     assert state["actor"]["normalizer.mean"].tolist() == [0] * 4
     assert state["critics"]["1.normalizer.deviation"].tolist() == [1] * 4
+
+
+def test_the_readmes_recipe(main, tmp_path):
+    """The lines that save a user's arrays and those that load a policy, run as they stand but for the run's name."""
+    readme = (ROOT / "benchmark" / "README.md").read_text()
+    save, load = [
+        re.search(rf"```python\n({start}.*?)```", readme, re.S)[1] for start in ("# save_data", "import torch")
+    ]
+    generator = np.random.default_rng(0)
+    env = gym.make("Pendulum-v1", max_episode_steps=20)
+    steps = []
+    for _ in range(3):
+        obs, _ = env.reset(seed=0)
+        done = False
+        while not done:
+            action = generator.uniform(-2, 2, 1)
+            next_obs, reward, terminated, done, _ = env.step(action)
+            steps.append((obs, action, reward, terminated, done))
+            obs = next_obs
+    names = "observations actions rewards terminals timeouts".split()
+    arrays = {name: np.array(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)}
+    exec(save, arrays)
+    flags = ["--env-id", "Pendulum-v1", "--dataset", "my_data.npz", "--normalize-observations"]
+    main(*flags, *SHORT, "--chunk", 5, "--online-steps", 0)
+    names = dict(observation=obs)
+    exec(load.replace("runs/<name>", str(the_run(tmp_path))), names)
+    assert names["chunk"].shape == (5, 1) and np.abs(names["chunk"]).max() <= 2
 
 
 # --- robomimic ---
