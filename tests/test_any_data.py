@@ -505,20 +505,20 @@ def test_rows_hold_the_keys_of_the_observation(tmp_path):
 
 def test_robomimic_files_that_do_not_fit(refused, tmp_path):
     path = tmp_path / "lift.hdf5"
-    flags = ["--dataset", path, "--no-cuda", "--obs-keys", *KEYS]
+    flags = ["--dataset", path, *SHORT, "--obs-keys"]
 
     def refuse(*texts, **changes):
         robomimic_file(path, **changes)
-        refused(flags, str(path), *texts)
+        refused([*flags, *KEYS], str(path), *texts)
 
     refuse("robosuite 1.4.1", "here is 1.5", changes=dict(env_version="1.4.1"))
     refuse("controller", "OSC_POSE", controller_configs=dict(type="OSC_POSE", input_max=1))
     refuse("of Stack, not of --env-id lift", env_name="Stack")
     refuse("shaped rewards", reward_shaping=True)
     robomimic_file(path)
-    refused([*flags[:3], "--obs-keys", "object", "camera"], "--obs-keys", "camera", "robot0_joint_pos")
+    refused([*flags, "object", "camera"], "--obs-keys", "camera", "robot0_joint_pos")
     path.write_bytes(path.read_bytes()[:500])
-    refused(flags, str(path), "truncated, corrupted or of another format")
+    refused([*flags, *KEYS], str(path), "truncated, corrupted or of another format")
 
 
 # --- policy.pt ---
