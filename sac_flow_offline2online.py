@@ -26,6 +26,7 @@ Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-vi
 #     "dm_control==1.0.41",
 #     "h5py==3.16.0",
 #     "minari[hdf5]==0.5.3",
+#     "pyarrow==24.0.0",
 #     "numpy==1.26.4",
 # ]
 # ///
@@ -68,16 +69,6 @@ SCRIPT = Path(__file__).stem
 LOSSES = ("qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy")
 # robosuite's tasks: its environment's name, the horizon of robomimic's data sets
 ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("NutAssemblySquare", 400)}
-# The environments of robomimic's v1.5 data sets, as public quotations of their env_args give them
-ROBOSUITE_KWARGS = dict(
-    robots=["Panda"], control_freq=20, lite_physics=False, reward_shaping=False, ignore_done=True, has_renderer=False,
-    use_camera_obs=False, controller_configs=dict(type="BASIC", body_parts=dict(right=dict(
-        type="OSC_POSE", input_max=1, input_min=-1, output_max=[0.05] * 3 + [0.5] * 3,
-        output_min=[-0.05] * 3 + [-0.5] * 3, kp=150, damping=1, impedance_mode="fixed", kp_limits=[0, 300],
-        damping_limits=[0, 10], position_limits=None, orientation_limits=None, uncouple_pos_ori=True,
-        control_delta=True, interpolation=None, ramp_ratio=0.2, input_ref_frame="world", gripper=dict(type="GRIP"),
-    ))),
-)  # fmt: skip
 SCORES = ("success_rate", "success_low", "success_high", "return", "return_error", "length")  # of an evaluation
 COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dim observation
@@ -92,11 +83,17 @@ class Args:
 
     # What to run
     env_id: str = "lift"
-    """lift, can or square (robosuite), an OGBench singletask id (cube-single-play-singletask-task1-v0), or the id of a
-    Minari data set (mujoco/hopper/medium-v0)"""
+    """lift, can, square or robosuite/<Name> (robosuite), an OGBench singletask id
+    (cube-single-play-singletask-task1-v0), the id of a Minari data set (mujoco/hopper/medium-v0), or with --dataset any
+    gymnasium id (my_package:MyEnv-v0)"""
+    env_kwargs: Optional[str] = None
+    """arguments of the environment as JSON, such as '{"max_episode_steps": 200}'; robosuite: beside the data's own"""
     dataset: Optional[str] = None
-    """file with the data (robomimic's .hdf5, OGBench's .npz), a folder of .npz files that are used in turn, or the root
-    folder of Minari data sets; default: where the packages keep what they download, then data/"""
+    """file with the data (robomimic's .hdf5, OGBench's .npz; for a gymnasium id .npz or .hdf5 with D4RL's keys), a
+    folder of .npz files that are used in turn, that of a LeRobot data set (version 3), or the root folder of Minari
+    data sets; default: where the packages keep what they download, then data/"""
+    obs_keys: tuple[str, ...] = ()
+    """parts of the observation, in order; default: the usual four of robomimic, observation.state of LeRobot"""
     collect: Optional[int] = None
     """episodes to collect with scripted experts if the data cannot be had; default 100 for robosuite, else 0"""
     seed: int = 1
@@ -130,7 +127,14 @@ class Args:
     chunk: int = 5
     """h, actions that the policy chooses at once and executes one after the other; 1 is ordinary SAC Flow"""
     buffer_size: int = 2_000_000
-    """capacity of the replay buffer in transitions, the data included"""
+    """transitions that the replay buffer holds at most, the data included; a run takes memory for its own alone"""
+    online_fraction: Optional[float] = None
+    """share of each online batch that is drawn from online experience, the rest from the data; default: uniform"""
+    normalize_observations: bool = False
+    """standardise observations by the data's mean and deviation, in actor and critics"""
+    rescale_actions: bool = False
+    """the data's actions are in units of their own: their smallest and largest values become the policy's bounds, and
+    the environment's where it has finite ones"""
     rotate_every: int = 1_000
     """offline steps on each file of a --dataset folder"""
     sparse: Optional[bool] = None
@@ -317,6 +321,18 @@ class PlainVelocity(nn.Module):
         return self.net(features + self.from_action(a) + self.from_time(t))
 
 
+class Normalizer(nn.Module):
+    """(obs - mean) / deviation, (B, dim) -> (B, dim); the identity until its buffers are set."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.ones(dim))
+
+    def forward(self, obs):
+        return (obs - self.mean) / self.deviation
+
+
 class Actor(nn.Module):
     """Flow policy over chunks of h actions: K noisy Euler steps of a velocity network, then tanh to the action bounds.
 
@@ -339,6 +355,7 @@ class Actor(nn.Module):
         self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
             raise ValueError(f"score_step must be exponential, euler or none, not {score_step}")
+        self.normalizer = Normalizer(obs_dim)
         self.velocity_net = velocity(obs_dim, self.action_dim)
         self.log_sigma, self.sigma_net = math.log(sigma), None
         if learn_sigma:
@@ -352,13 +369,13 @@ class Actor(nn.Module):
 
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
-        return self.velocity_net(t, a, self.velocity_net.encode(obs))
+        return self.velocity_net(t, a, self.velocity_net.encode(self.normalizer(obs)))
 
     def sigma(self, obs):
         """sigma (B, D), shared by the K steps; a learned one is in [e^-5, e^2]."""
         if self.sigma_net is None:
             return self.scale.new_full((len(obs), self.action_dim), self.log_sigma).exp()
-        return torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))
+        return torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(self.normalizer(obs))))
 
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
@@ -391,7 +408,7 @@ class Actor(nn.Module):
         if obs.shape[1:] != (self.obs_dim,) or noise.shape != expected:
             shapes = f"{tuple(obs.shape)} and {tuple(noise.shape)}"
             raise ValueError(f"rollout takes obs (B, {self.obs_dim}) and noise {expected}, not {shapes}")
-        features = self.velocity_net.encode(obs)
+        features = self.velocity_net.encode(self.normalizer(obs))
         sigma = self.sigma(obs)
         path, log_deviations = [noise[0]], 0.0
         for i in range(self.flow_steps):
@@ -444,11 +461,12 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int, layers: int):
         super().__init__()
+        self.normalizer = Normalizer(obs_dim)
         self.net = nn.Sequential(*mlp(obs_dim + action_dim, dim, layers, 1, norm=nn.LayerNorm, activation=nn.ReLU))
 
     def forward(self, obs, action):
         """(B, obs_dim), (B, h D) -> (B,)"""
-        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
+        return self.net(torch.cat([self.normalizer(obs), action], dim=1)).squeeze(1)
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
@@ -552,6 +570,7 @@ class ReplayBuffer:
         self.last = obs_dim + action_dim + 2  # the column that says: no row of the same episode follows
         self.added = 0  # transitions ever added; the next one goes to row added % capacity
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # len(self) where a CUDA graph can read it
+        self.data_size = torch.zeros_like(self.size)  # rows of the data, which come first
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -568,9 +587,15 @@ class ReplayBuffer:
         self.added += 1
         self.size.fill_(len(self))
 
-    def sample(self, batch_size: int, chunk: int, gamma: float) -> list[torch.Tensor]:
-        """A uniform batch of chunks, as `merge_chunks` returns them."""
-        start = torch.randint(2**62, (batch_size, 1), device=self.rows.device) % self.size
+    def sample(self, batch_size: int, chunk: int, gamma: float, online_fraction=None) -> list[torch.Tensor]:
+        """A batch of chunks, as `merge_chunks` returns them: uniform, or with that fraction from after the data."""
+        start = torch.randint(2**62, (batch_size, 1), device=self.rows.device)
+        if online_fraction is None:
+            start = start % self.size
+        else:
+            online = round(online_fraction * batch_size)
+            newer = self.data_size + start[:online] % (self.size - self.data_size)
+            start = torch.cat([newer, start[online:] % self.data_size])
         index = (start + torch.arange(chunk, device=self.rows.device)) % len(self.rows)
         return merge_chunks(*self.rows[index].split(self.widths, dim=2), gamma)
 
@@ -578,11 +603,12 @@ class ReplayBuffer:
         """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
         return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
 
-    def refill(self, rows: torch.Tensor, added: int) -> None:
-        """Put back what `filled` returned, after `added` transitions."""
+    def refill(self, rows: torch.Tensor, added: int, online: int = 0) -> None:
+        """Put back what `filled` returned, after `added` transitions, `online` of them not from the data."""
         self.rows[: len(rows)].copy_(rows)
         self.added = added
         self.size.fill_(len(self))
+        self.data_size.fill_(added - online)
 
 
 def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) -> list[torch.Tensor]:
@@ -615,12 +641,17 @@ def main() -> None:
     action_dim = env.action_space.low.size
     total = args.offline_steps + args.online_steps
     files = checkpoint["progress"]["files"] if checkpoint else [str(path.resolve()) for path in find_dataset(args)]
-    if not checkpoint:
+    if checkpoint:
+        about_data = checkpoint["progress"]["about_data"]
+    else:
+        largest = 0
         for file in reversed(files or [None]):  # all are checked before the work, the first is kept
             data = load_data(file, env, args)
+            largest = max(largest, len(data))
+        about_data = statistics_of(data, env) | {"rows": largest}
 
     seed_random(args.seed)
-    actor, critics, targets, buffer = make_networks(args, env, device)
+    actor, critics, targets, buffer = make_networks(args, env, device, about_data)
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
     target_entropy = target_entropy_of(args, actor)
     beta = torch.tensor(float(args.beta), device=device)
@@ -639,15 +670,20 @@ def main() -> None:
                 part.load_state_dict(checkpoint[name])
             log_alpha.data.copy_(checkpoint["log_alpha"])
             losses.copy_(checkpoint["losses"])
-            buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
+            experience = max(0, checkpoint["progress"]["step"] - args.offline_steps)
+            buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"], experience)  # pop: it is large
             set_random_states(checkpoint["random"], device, env)
             set_running_statistics(env, checkpoint["statistics"])
     else:
         buffer.refill(data, len(data))
         print(f"{len(data)} transitions of {files[0] if files else args.env_id}", file=sys.stderr)
         del data
+    if args.rescale_actions:
+        env = rescaled(env, actor)
+        eval_env = rescaled(eval_env, actor)
     run = Run(args, total, checkpoint, files)
     progress = run.progress
+    progress.about_data = about_data
 
     jit = find_compiler(device) if args.compile else unchanged
     graph = CudaGraph if args.compile and args.cuda else unchanged
@@ -658,7 +694,7 @@ def main() -> None:
     offline_actor_gradients = jit(with_gradients(offline_actor_loss, actor))
 
     def update(offline: bool) -> None:
-        batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
+        batch = buffer.sample(args.batch_size, args.chunk, args.gamma, None if offline else args.online_fraction)
         noise = actor.noise(args.batch_size)
         alpha = log_alpha.detach().exp()
         discount = args.gamma**args.chunk
@@ -858,6 +894,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
+        ("online_fraction", lambda x: x is None or 0 <= x <= 1, "in [0, 1]"),
         ("cuda", lambda on: torch.cuda.is_available() or not on, "off: this torch finds no CUDA device; use --no-cuda"),
     ]
     for names, holds, requirement in rules:
@@ -870,6 +907,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         fail("--online-steps must be above 0 if --offline-steps is 0")
     if 0 < args.online_steps <= args.online_start:
         fail(f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: lower it")
+    with explained(f"--env-kwargs {args.env_kwargs}: not the JSON of a dict"):
+        dict(**json.loads(args.env_kwargs or "{}"))
     if args.collect and (args.dataset or benchmark_of(args.env_id) == "minari"):
         fail("--collect is for robosuite and OGBench without --dataset; benchmark/demonstrations makes other data")
     if args.learn_sigma and not math.exp(-5) < args.sigma < math.exp(2):
@@ -892,20 +931,46 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     )  # fmt: skip
 
 
-def make_networks(args: Args, env: gym.Env, device: torch.device):
-    """What the flags and the environment ask for; stops the program if it does not fit together, or into memory.
+def statistics_of(data: torch.Tensor, env: gym.Env) -> dict[str, list[float]]:
+    """Mean and deviation of the data's observations, low and high of its actions, as lists.
 
-    Returns the actor, two critics, their target networks and an empty buffer.
+    What is constant has deviation 1, and bounds 1 below and above it.
+    """
+    widths = [env.observation_space.shape[0], env.action_space.low.size]
+    obs, action, _ = data.split([*widths, data.shape[1] - sum(widths)], dim=1)
+    deviation, mean = torch.std_mean(obs, dim=0)
+    low, high = action.aminmax(dim=0)
+    constant = (low == high).float()
+    values = dict(mean=mean, deviation=torch.where(deviation > 1e-4, deviation, 1))
+    values |= dict(low=low - constant, high=high + constant)
+    return {name: value.tolist() for name, value in values.items()}
+
+
+def make_networks(args: Args, env: gym.Env, device: torch.device, about_data: dict):
+    """What the flags, the environment and the data's statistics ask for; stops the program if it does not fit together.
+
+    Returns the actor, two critics, their target networks and an empty buffer, with room for all that the run will
+    store: it cannot grow later, as CUDA graphs need it to stay in its place.
     """
     obs_dim = env.observation_space.shape[0]
     action_dim = env.action_space.low.size
+    low = about_data["low"] if args.rescale_actions else env.action_space.low.ravel()
+    high = about_data["high"] if args.rescale_actions else env.action_space.high.ravel()
+    rows = about_data["rows"] + args.online_steps + args.chunk  # the newest chunks run on into zeros
+    if args.online_fraction is not None and rows > args.buffer_size:
+        fail(f"--online-fraction tells data from experience by their place: --buffer-size must be at least {rows}")
     sizes = " ".join(f"{flag(name)} {n}" for name, n in vars(args).items() if name.endswith(("_dim", "_size")))
     with explained(f"cannot make networks and buffer with {sizes}"):
-        actor = make_actor(args, obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel()).to(device)
+        actor = make_actor(args, obs_dim, low, high)
         of_critic = obs_dim, actor.action_dim, args.critic_dim, args.critic_layers
-        critics = nn.ModuleList(Critic(*of_critic) for _ in range(2)).to(device)
+        critics = nn.ModuleList(Critic(*of_critic) for _ in range(2))
+        if args.normalize_observations:
+            for network in (actor, *critics):
+                network.normalizer.mean.copy_(torch.tensor(about_data["mean"]))
+                network.normalizer.deviation.copy_(torch.tensor(about_data["deviation"]))
         targets = copy.deepcopy(critics).requires_grad_(False)
-        return actor, critics, targets, ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+        networks = [network.to(device) for network in (actor, critics, targets)]
+        return *networks, ReplayBuffer(min(rows, args.buffer_size), obs_dim, action_dim, device)
 
 
 def target_entropy_of(args: Args, actor: Actor) -> float:
@@ -929,6 +994,8 @@ class Progress:
     """time spent training, without evaluations"""
     files: list = field(default_factory=list)
     """the files that hold the data"""
+    about_data: dict = field(default_factory=dict)
+    """the `statistics_of` the first of them, and the rows of the largest"""
     rows: dict = field(
         default_factory=lambda: {
             "returns.csv": [["step", "return", "length", "success", "seconds"]],
@@ -1089,8 +1156,7 @@ class Run:
         """Note the end of an episode; `info` is that of its last step."""
         episode = info["episode"]
         self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
-        success = float(info.get("success", math.nan))
-        self.write_row("returns.csv", float(episode["r"]), episode["l"], success)
+        self.write_row("returns.csv", float(episode["r"]), episode["l"], succeeded(info))
 
     def report(self, phase: str, kind: str, scores: dict[str, float]) -> None:
         """Note an evaluation."""
@@ -1205,6 +1271,7 @@ def play(args: Args, policy: dict) -> None:
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size * args.chunk != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     set_running_statistics(env, policy["statistics"], frozen=True)
+    env = rescaled(env, actor) if args.rescale_actions else env
     choose = compiled_policy(actor, env, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
     with env:
@@ -1304,18 +1371,35 @@ def lock(file) -> None:
     file.flush()
 
 
-def benchmark_of(env_id: str) -> str:
-    """The package that has the task: robosuite, ogbench or minari. Stops the program if it is not installed."""
-    package = "robosuite" if env_id in ROBOSUITE else "ogbench" if "-singletask" in env_id else "minari"
+def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
+    """The package that reads the data: robosuite, ogbench, minari; for data of one's own gymnasium, of LeRobot pyarrow.
+
+    Stops the program if it is not installed.
+    """
+    package = "minari"
+    if dataset:
+        path = Path(dataset).expanduser()
+        own = path.suffix in (".npz", ".hdf5") or any(path.glob("*.npz"))
+        package = "gymnasium" if own else "pyarrow" if is_lerobot(path) else "minari"
+    if env_id in ROBOSUITE or env_id.startswith("robosuite/"):
+        package = "robosuite"
+    elif "-singletask" in env_id:
+        package = "ogbench"
     warnings.filterwarnings("ignore", module="gymnasium|minari|robosuite")
     logging.getLogger("robosuite_logs").disabled = True  # its notes on what it lacks and we do not need
     try:
         __import__(package)
-        __import__("h5py")
+        if not (package == "gymnasium" and dataset.endswith(".npz")):
+            __import__("h5py")
     except ImportError as error:
         install = "pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt"
         fail(f"--env-id {env_id} needs {error.name or package}: {install}")
     return package
+
+
+def is_lerobot(path: Path) -> bool:
+    """Whether a folder holds a LeRobot data set."""
+    return (path / "meta" / "info.json").is_file()
 
 
 def play_set(env_id: str) -> str:
@@ -1323,26 +1407,67 @@ def play_set(env_id: str) -> str:
     return re.sub(r"-singletask(-task\d)?", "", env_id)
 
 
+def robosuite_task(env_id: str) -> tuple[str, int]:
+    """robosuite's name of lift, can, square or robosuite/<name>, and after how many steps an episode is cut."""
+    return ROBOSUITE.get(env_id, (env_id.removeprefix("robosuite/"), 400))
+
+
+def robomimic_kwargs(path: str, env_id: str) -> dict:
+    """What a robomimic file says of its environment's arguments; stops the program if they do not fit what is here."""
+    import h5py
+    import robosuite
+
+    with explained(f"{path} is truncated, corrupted or of another format"), h5py.File(path) as file:
+        env_args = json.loads(file["data"].attrs.get("env_args", "{}"))
+    kwargs = env_args.get("env_kwargs", {})
+    name, _ = robosuite_task(env_id)
+    here = robosuite.__version__
+    version = env_args.get("env_version", here)
+    controllers = kwargs.get("controller_configs") or {"body_parts": {}}  # robosuite's default for the robot
+    controller = controllers[0] if isinstance(controllers, list) else controllers
+    remedy = "name another --dataset"
+    if env_args.get("env_name", name) != name:
+        fail(f"{path} is of {env_args['env_name']}, not of --env-id {env_id}: {remedy}")
+    if version.split(".")[:2] != here.split(".")[:2]:
+        fail(f"{path} was made with robosuite {version}, here is {here}: {remedy}, or install that version")
+    if "body_parts" not in controller:
+        fail(f"{path} has a controller of robosuite before 1.5 ({controller.get('type')}), here is {here}: {remedy}")
+    if kwargs.get("reward_shaping"):
+        fail(f"{path} has shaped rewards, of which none says success: {remedy}")
+    return kwargs
+
+
 class RobosuiteEnv(gym.Env):
-    """lift, can or square with robomimic's low-dim observation; reward 0 at success, which terminates, else -1."""
+    """A robosuite task with robomimic's low-dim observation; reward 0 at success, which terminates, else -1.
+
+    `kwargs` are robosuite's own, such as a data file has them.
+    """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
-    def __init__(self, task: str, render_mode: Optional[str] = None):
+    def __init__(
+        self, task: str, render_mode: Optional[str] = None, max_episode_steps: Optional[int] = None,
+        obs_keys=OBS_KEYS, **kwargs,
+    ):  # fmt: skip
         import robosuite
 
-        name, self.horizon = ROBOSUITE[task]
+        name, horizon = robosuite_task(task)
+        self.horizon = max_episode_steps or horizon
+        self.obs_keys = obs_keys
         self.render_mode = render_mode
-        render = render_mode == "rgb_array"
-        self.env = robosuite.make(name, **ROBOSUITE_KWARGS, has_offscreen_renderer=render, seed=0)
+        headless = dict(has_renderer=False, has_offscreen_renderer=render_mode == "rgb_array", use_camera_obs=False)
+        self.env = robosuite.make(name, **{"robots": "Panda", **kwargs, **headless, "ignore_done": True, "seed": 0})
         # All its randomness comes from this generator, which it seeds once: here its state is set at a seeded reset.
         self._np_random = self.env.rng
+        names = {"object", *self.env._get_observations()}
+        if not names.issuperset(obs_keys):
+            raise ValueError(f"--obs-keys {' '.join(obs_keys)} must be of {', '.join(sorted(names))}")
         low, high = self.env.action_spec
         self.action_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.reset()[0].shape, np.float64)
 
     def _obs(self, obs: dict) -> np.ndarray:
-        return np.concatenate([obs["object-state" if key == "object" else key] for key in OBS_KEYS])
+        return np.concatenate([obs["object-state" if key == "object" else key] for key in self.obs_keys])
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -1364,30 +1489,35 @@ class RobosuiteEnv(gym.Env):
         self.env.close()
 
 
-class SparseReward(gym.RewardWrapper):
-    """-1 until everything is done, in place of minus the number of things not done."""
-
-    def reward(self, reward):
-        return -float(reward != 0)
-
-
 def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     """The task as a gymnasium environment, with one-line errors for those that do not exist or cannot be controlled."""
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     if headless:
         os.environ.setdefault("MUJOCO_GL", "egl" if render_mode else "disabled")
-    package = benchmark_of(args.env_id)
-    render = {"render_mode": render_mode} if render_mode else {}
+    package = benchmark_of(args.env_id, args.dataset)
+    kwargs = json.loads(args.env_kwargs or "{}")
+    if package == "robosuite" and not (args.resume or args.evaluate):
+        kwargs = robomimic_kwargs(str(find_dataset(args)[0]), args.env_id) | kwargs
+        args.env_kwargs = json.dumps(kwargs)  # kept with the run, which can then do without the file
+    kwargs |= {"render_mode": render_mode} if render_mode else {}
     with explained(f"--env-id {args.env_id}"):
         if package == "robosuite":
-            env = RobosuiteEnv(args.env_id, **render)
+            env = RobosuiteEnv(args.env_id, obs_keys=args.obs_keys or OBS_KEYS, **kwargs)
         elif package == "ogbench":
             import ogbench
 
-            env = ogbench.make_env_and_datasets(args.env_id, env_only=True, **render)
-            env = SparseReward(env) if args.sparse else env
+            env = ogbench.make_env_and_datasets(args.env_id, env_only=True, **kwargs)
+            if args.sparse:  # -1 until everything is done, in place of minus the number of things not done
+                env = gym.wrappers.TransformReward(env, lambda reward: -float(reward != 0))
+        elif package == "minari":
+            env = minari_dataset(args).recover_environment(**kwargs)
         else:
-            env = minari_dataset(args).recover_environment(**render)
+            env = gym.make(args.env_id, **kwargs)
+            if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
+                env = gym.wrappers.TimeLimit(env, 10_000)
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if isinstance(env.observation_space, gym.spaces.Dict):
+            env = gym.wrappers.FlattenObservation(env)  # outermost, where `data_space` finds it
     obs = env.observation_space
     action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
@@ -1395,15 +1525,27 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
         fail(f"--env-id {args.env_id}: actions must be a Box of real numbers, not {action}; choose another task")
     extent = action.high.astype(np.float32) - action.low.astype(np.float32)
-    if not (np.isfinite(extent).all() and (extent > 0).all()):
-        fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; choose another task")
+    if not (extent.size and (extent > 0).all()) or not (np.isfinite(extent).all() or args.rescale_actions):
+        remedy = "choose another task, or take the data's by --rescale-actions"
+        fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; {remedy}")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
             import moviepy  # noqa: F401
 
             env.reset(seed=0)
             env.render()
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return env
+
+
+def rescaled(env: gym.Env, actor: Actor) -> gym.Env:
+    """`env` with the policy's bounds of actions: stretched to its own, or as they are where it has none."""
+    space = env.action_space
+    bounds = torch.stack([actor.bias - actor.scale, actor.bias + actor.scale])[:, : space.low.size]
+    low, high = bounds.cpu().numpy().reshape(2, *space.shape).astype(space.dtype)
+    finite = np.isfinite(space.low) & np.isfinite(space.high)
+    box = gym.spaces.Box(np.where(finite, space.low, low), np.where(finite, space.high, high), dtype=space.dtype)
+    clipped = gym.wrappers.TransformAction(env, lambda action: np.clip(action, box.low, box.high), box)
+    return gym.wrappers.RescaleAction(clipped, low, high)
 
 
 def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
@@ -1435,17 +1577,17 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
 
 def find_dataset(args: Args) -> list[Path]:
     """The files that hold the task's data (several: they are used in turn); none for Minari, which finds its own."""
-    if benchmark_of(args.env_id) == "minari":
+    if benchmark_of(args.env_id, args.dataset) == "minari":
         return []
     if args.dataset:
         path = Path(args.dataset).expanduser()
         files = [path]
-        if path.is_dir():
+        if path.is_dir() and not is_lerobot(path):
             files = sorted(file for file in path.glob("*.npz") if not file.stem.endswith("-val"))
-        if not files or not files[0].is_file():
+        if not files or not files[0].exists():
             fail(f"--dataset {path}: {'no .npz file in this folder' if path.is_dir() else 'no such file or folder'}")
         return files
-    if args.env_id in ROBOSUITE:
+    if benchmark_of(args.env_id) == "robosuite":
         folder = Path.home() / ".robomimic" / args.env_id
         published = [folder / kind / "low_dim_v15.hdf5" for kind in ("mh", "ph")]
         found = [path for path in published if path.is_file()]
@@ -1468,7 +1610,8 @@ def minari_dataset(args: Args):
 
     if not re.search(r"-v\d+$", args.env_id) or "-play-" in args.env_id:
         examples = "cube-double-play-singletask-task2-v0 of OGBench, mujoco/hopper/medium-v0 of Minari"
-        fail(f"--env-id {args.env_id}: no such task; there are {', '.join(ROBOSUITE)}, {examples} and the like")
+        own = "and with --dataset FILE.npz or FILE.hdf5 any gymnasium id"
+        fail(f"--env-id {args.env_id}: no such task; there are {', '.join(ROBOSUITE)}, {examples} and the like, {own}")
     if args.dataset:
         os.environ["MINARI_DATASETS_PATH"] = str(Path(args.dataset).expanduser())
     try:
@@ -1477,7 +1620,7 @@ def minari_dataset(args: Args):
         where = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
         make = f"python benchmark/demonstrations/collect.py --env-id {args.env_id} --policy runs/<name>"
         what = f"no such task, nor Minari data set in {where} ({first_line(error)})"
-        fail(f"--env-id {args.env_id}: {what}; make one: {make}")
+        fail(f"--env-id {args.env_id}: {what}; make one: {make}; or name your own by --dataset FILE.npz or FILE.hdf5")
 
 
 def joined(episodes: list[dict]) -> dict:
@@ -1487,18 +1630,15 @@ def joined(episodes: list[dict]) -> dict:
     return {key: np.concatenate([episode[key] for episode in episodes]) for key in COLUMNS} if episodes else {}
 
 
-def read_robomimic(path: str, task: str) -> dict:
+def read_robomimic(path: str, keys: tuple[str, ...]) -> dict:
     """Arrays of a robomimic low-dim file, see `load_data`."""
     import h5py
 
     episodes = []
     with h5py.File(path) as file:
-        made_in = json.loads(file["data"].attrs.get("env_args", "{}")).get("env_name", ROBOSUITE[task][0])
-        if made_in != ROBOSUITE[task][0]:
-            fail(f"{path} is of {made_in}, not of --env-id {task}: name another --dataset")
         for name in sorted(file["data"], key=lambda name: int(name.removeprefix("demo_"))):  # demo_10 after demo_9
             demo = file["data"][name]
-            obs, next_obs = (np.concatenate([demo[kind][k][:] for k in OBS_KEYS], 1) for kind in ("obs", "next_obs"))
+            obs, next_obs = (np.concatenate([demo[kind][k][:] for k in keys], 1) for kind in ("obs", "next_obs"))
             reward = demo["rewards"][:]
             ends = dict(terminated=reward > 0)  # `dones` is also 1 at a demonstration's end, which is no termination
             episodes.append(dict(obs=obs, action=demo["actions"][:], reward=reward - 1, **ends, next_obs=next_obs))
@@ -1521,15 +1661,96 @@ def read_ogbench(path: str, env: gym.Env, args: Args) -> dict:
     )  # fmt: skip
 
 
-def read_minari(dataset) -> dict:
+def read_minari(dataset, space: gym.Space) -> dict:
     """Arrays of a Minari data set, see `load_data`."""
-    return joined([
-        dict(
-            obs=episode.observations[:-1], action=episode.actions, reward=episode.rewards,
-            terminated=episode.terminations, next_obs=episode.observations[1:],
-        )
-        for episode in dataset.iterate_episodes()
-    ])  # fmt: skip
+    episodes = []
+    for episode in dataset.iterate_episodes():
+        obs = flattened(space, episode.observations)
+        episodes.append(
+            dict(
+                obs=obs[:-1], action=episode.actions, reward=episode.rewards, terminated=episode.terminations,
+                next_obs=obs[1:],
+            )
+        )  # fmt: skip
+    return joined(episodes)
+
+
+def data_space(env: gym.Env) -> gym.Space:
+    """An environment's observations as data has them: before `make_env` flattened them."""
+    while isinstance(env, gym.wrappers.TransformAction):  # of --rescale-actions
+        env = env.env
+    return (env.env if isinstance(env, gym.wrappers.FlattenObservation) else env).observation_space
+
+
+def flattened(space: gym.Space, obs) -> np.ndarray:
+    """Observations (N, .), those of a dict space, dicts of arrays, each as FlattenObservation does it."""
+    if not isinstance(space, gym.spaces.Dict):
+        return obs
+    rows = gym.vector.utils.iterate(gym.vector.utils.batch_space(space), obs)
+    return np.stack([gym.spaces.flatten(space, row) for row in rows])
+
+
+def read_d4rl(path: str, space: gym.Space) -> dict:
+    """D4RL's arrays in an .npz or .hdf5 file; what a dict space has under a key is named observations/<key>."""
+    if path.endswith(".npz"):
+        opened = np.load(path)
+    else:
+        import h5py
+
+        opened = h5py.File(path)
+
+    def read(name: str, space: Optional[gym.Space] = None):
+        if isinstance(space, gym.spaces.Dict):
+            return {key: read(f"{name}/{key}", part) for key, part in space.items()}
+        return file[name][:]
+
+    with opened as file:
+        arrays = {name: read(name) for name in ("actions", "rewards", "terminals", "timeouts")}
+        for name in ("observations", "next_observations"):
+            if name == "observations" or any(found.startswith(name) for found in file):
+                arrays[name] = flattened(space, read(name, space))
+    return arrays
+
+
+def read_lerobot(folder: Path, keys: tuple[str, ...]) -> dict:
+    """D4RL's arrays of a LeRobot data set, version 3; next.done terminates, an episode's end alone is a timeout."""
+    import pyarrow.dataset
+
+    version = json.loads((folder / "meta" / "info.json").read_text())["codebase_version"]
+    if not version.startswith("v3."):
+        raise ValueError(f"LeRobot's {version}, not v3")
+    names = [*keys, "action", "next.reward", "next.done", "episode_index", "index"]  # and no images
+    stored = pyarrow.dataset.dataset(folder / "data", format="parquet")
+    if missing := set(names) - set(stored.schema.names):
+        raise KeyError(", ".join(missing))
+    table = stored.to_table(columns=names).sort_by("index")
+    column = lambda name: np.stack(table[name].to_numpy()).reshape(len(table), -1)  # noqa: E731
+    episode = column("episode_index")[:, 0]
+    return dict(
+        observations=np.concatenate([column(key) for key in keys], axis=1), actions=column("action"),
+        rewards=column("next.reward"), terminals=column("next.done"), timeouts=episode != np.append(episode[1:], -1),
+    )  # fmt: skip
+
+
+def from_d4rl(arrays: dict) -> dict:
+    """D4RL's arrays as `load_data` has them; the end of the last episode counts as a timeout.
+
+    Without next_observations, a step that ends in a timeout has no known next observation and is left out.
+    """
+    lengths = {name: len(values) for name, values in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"its arrays differ in length: {lengths}")
+    terminated = arrays["terminals"].reshape(-1) > 0
+    last = terminated | (arrays["timeouts"].reshape(-1) > 0)
+    last[-1] = True
+    obs = arrays["observations"]
+    data = dict(obs=obs, action=arrays["actions"], reward=arrays["rewards"], terminated=terminated, last=last)
+    if "next_observations" in arrays:
+        return data | dict(next_obs=arrays["next_observations"])
+    known = terminated | ~last
+    data["last"] = last | np.append(~known[1:], False)  # the step before one that is left out
+    data["next_obs"] = np.roll(obs, -1, axis=0)
+    return {key: values[known] for key, values in data.items()}
 
 
 def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
@@ -1538,15 +1759,20 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     terminated, a success in the manipulation tasks, ends the bootstrap; last, the end of a recorded trajectory for
     whatever reason, does not.
     """
-    package = benchmark_of(args.env_id)
+    package = benchmark_of(args.env_id, args.dataset)
     try:
         if package == "robosuite":
-            data = read_robomimic(path, args.env_id)
+            robomimic_kwargs(path, args.env_id)
+            data = read_robomimic(path, args.obs_keys or OBS_KEYS)
         elif package == "ogbench":
             data = read_ogbench(path, env, args)
+        elif package == "gymnasium":
+            data = from_d4rl(read_d4rl(path, data_space(env)))
+        elif package == "pyarrow":
+            data = from_d4rl(read_lerobot(Path(path), args.obs_keys or ("observation.state",)))
         else:
             path = args.env_id
-            data = read_minari(minari_dataset(args))
+            data = read_minari(minari_dataset(args), data_space(env))
     except KeyError as error:
         fail(f"{path} lacks what a data set for --env-id {args.env_id} has ({error.args[0]}): name another --dataset")
     except Exception as error:
@@ -1563,8 +1789,9 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
         if not np.isfinite(values).all():
             fail(f"{path}: {key} has NaN or infinite values: fetch it again or name another --dataset")
     outside = np.maximum(data["action"] - env.action_space.high, env.action_space.low - data["action"]).max()
-    if outside > 1e-3:
-        fail(f"{path}: actions leave the bounds of --env-id {args.env_id} by {outside:.3g}: clip or rescale them")
+    if outside > 1e-3 and not args.rescale_actions:
+        unit = "--rescale-actions if they are in another unit, else clip them"
+        fail(f"{path}: actions leave the bounds of --env-id {args.env_id} by {outside:.3g}: {unit}")
     longest = int(np.diff(np.flatnonzero(data["last"]), prepend=-1).max())
     if args.chunk > longest:
         fail(f"--chunk {args.chunk} is longer than every episode of {path}: at most {longest}")
@@ -1572,6 +1799,11 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
         fail(f"--buffer-size {args.buffer_size} is less than the {len(data['last'])} transitions of {path}: raise it")
     columns = [np.asarray(data[key], np.float32).reshape(len(data["last"]), -1) for key in COLUMNS]
     return torch.from_numpy(np.concatenate(columns, axis=1))
+
+
+def succeeded(info: dict) -> float:
+    """1 or 0, or NaN if the task does not say; gymnasium-robotics has a name of its own for it."""
+    return float(info.get("success", info.get("is_success", math.nan)))
 
 
 def to_obs(obs) -> np.ndarray:
@@ -1611,7 +1843,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
             queue = queue[1:]
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
-        successes.append(float(info.get("success", math.nan)))
+        successes.append(succeeded(info))
     rate = np.mean(successes)
     interval = (math.nan, math.nan) if math.isnan(rate) else success_interval(int(sum(successes)), episodes)
     error = np.std(returns) / math.sqrt(episodes)

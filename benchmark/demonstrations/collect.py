@@ -44,9 +44,19 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "measurements")]
-from sac_flow_offline2online import ROBOSUITE_KWARGS, play_set, read_flags  # noqa: E402
+from sac_flow_offline2online import play_set, read_flags  # noqa: E402
 
-ENV_KWARGS = dict(**ROBOSUITE_KWARGS, has_offscreen_renderer=False, use_object_obs=True)
+# The environments of robomimic's v1.5 data sets, as public quotations of their env_args give them
+ENV_KWARGS = dict(
+    robots=["Panda"], control_freq=20, lite_physics=False, reward_shaping=False, ignore_done=True, has_renderer=False,
+    use_camera_obs=False, has_offscreen_renderer=False, use_object_obs=True,
+    controller_configs=dict(type="BASIC", body_parts=dict(right=dict(
+        type="OSC_POSE", input_max=1, input_min=-1, output_max=[0.05] * 3 + [0.5] * 3,
+        output_min=[-0.05] * 3 + [-0.5] * 3, kp=150, damping=1, impedance_mode="fixed", kp_limits=[0, 300],
+        damping_limits=[0, 10], position_limits=None, orientation_limits=None, uncouple_pos_ori=True,
+        control_delta=True, interpolation=None, ramp_ratio=0.2, input_ref_frame="world", gripper=dict(type="GRIP"),
+    ))),
+)  # fmt: skip
 INSTALL = "pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt"
 ATTEMPTS = 20  # at one episode, before the expert counts as broken
 
@@ -101,6 +111,7 @@ def quiet() -> None:
 # position and rotation deltas of the controller and the gripper, each in [-1, 1].
 
 OPEN, CLOSE = -1.0, 1.0
+NOISY = np.array([1, 1, 1, 1, 1, 1, 0])  # not the gripper: clipped at its bound, half of its noise would say nothing
 
 
 def heading(quat) -> float:
@@ -241,7 +252,7 @@ def robosuite_player(args: Args) -> Callable:
         model_file, expert = env.sim.model.get_xml(), task.expert(obs, env)
         action = next(expert)
         for _ in range(task.horizon):
-            action = np.clip(action + args.noise * rng.standard_normal(7), -1, 1)
+            action = np.clip(action + args.noise * rng.standard_normal(7) * NOISY, -1, 1)
             rows["states"].append(env.sim.get_state().flatten())
             before, (obs, reward, *_) = robomimic_obs(obs), env.step(action)
             for key, value in robomimic_obs(obs).items():
@@ -519,7 +530,7 @@ def collect_all(args: Args, parts: Path, missing: list[int], bar) -> None:
             for future in as_completed(futures):
                 failures += future.result()
                 bar.update()
-                bar.set_postfix(failed=failures)
+                bar.set_postfix(failed=failures, refresh=False)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -553,7 +564,9 @@ def run(args: Args, parts: Path) -> None:
             fail(f"{out} exists: move it away or choose another --out")
     keep_settings(parts, settings_of(args))
     missing = [i for i in range(total) if not (parts / f"{i}.npz").exists()]
-    with tqdm(total=total, initial=total - len(missing), unit="episode", dynamic_ncols=True) as bar:
+    done = total - len(missing)
+    pause = 0.1 if sys.stderr.isatty() else 60  # seconds: a log file gets a line a minute
+    with tqdm(total=total, initial=done, unit="episode", dynamic_ncols=True, mininterval=pause) as bar:
         if missing:
             collect_all(args, parts, missing, bar)
     for out, episodes in outs.items():

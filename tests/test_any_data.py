@@ -1,0 +1,609 @@
+"""sac_flow_offline2online.py on a user's own data and environment: files, dict observations, units of actions."""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, assert_same, checkpoint, the_run
+
+import sac_flow_offline2online as script
+
+REACH = "goal_envs:Reach-v0"
+SMALL = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --sigma-dim 16 --batch-size 16 --no-compile --no-cuda".split()
+SHORT = [*SMALL, "--eval-episodes", 2, "--eval-every", 1000, "--offline-steps", 20, "--online-steps", 30]
+SHORT += ["--online-start", 10, "--chunk", 3]
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    """`main(*flags)`: the script in a fresh folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(*flags):
+        monkeypatch.setattr("sys.argv", ["x", *map(str, flags)])
+        script.main()
+
+    return main
+
+
+@pytest.fixture
+def refused(main, capsys):
+    """`refused(flags, *texts)`: it stops with exit code 2 and one line that holds every text."""
+
+    def refused(flags, *texts):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as error:
+            main(*flags)
+        lines = capsys.readouterr().err.splitlines()
+        assert error.value.code == 2 and len(lines) == 1, lines
+        for text in texts:
+            assert text in lines[0], lines
+
+    return refused
+
+
+def play(episodes: int = 6, unit: float = 1.0) -> dict:
+    """D4RL's arrays of `Reach`, its dict of observations as <name>/<key>.
+
+    Even episodes are played by a noisy controller, odd ones by its noise alone: they seldom terminate.
+    """
+    generator = np.random.default_rng(0)
+    env = gym.make(REACH)
+    rows = {}
+    for i in range(episodes):
+        obs, _ = env.reset(seed=i)
+        done = False
+        while not done:
+            goal = np.concatenate([obs["goal"]["x"], obs["goal"]["y"]])
+            action = np.clip(
+                (1 - i % 2) * (goal - obs["position"]) / 0.2 + 0.7 * generator.normal(size=2), -1, 1
+            ).astype(np.float32)
+            before = obs
+            obs, reward, terminated, truncated, _ = env.step(action)
+            done = terminated or truncated
+            row = dict(actions=unit * action, rewards=reward, terminals=terminated, timeouts=truncated)
+            for name, value in (("observations", before), ("next_observations", obs)):
+                row[f"{name}/position"] = value["position"]
+                row[f"{name}/goal/x"] = value["goal"]["x"]
+                row[f"{name}/goal/y"] = value["goal"]["y"]
+            for name, value in row.items():
+                rows.setdefault(name, []).append(value)
+    return {name: np.array(values) for name, values in rows.items()}
+
+
+@pytest.fixture
+def reach(tmp_path) -> Path:
+    """A file of `Reach`."""
+    np.savez(tmp_path / "reach.npz", **play())
+    return tmp_path / "reach.npz"
+
+
+def write_hdf5(path: Path, arrays: dict) -> None:
+    """The arrays as datasets of a file, and what D4RL's files have beside them."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            file[name] = values
+        file["metadata/algorithm"] = "none"
+        file["infos/qpos"] = np.zeros(3)
+
+
+def columns(rows: torch.Tensor, obs_dim: int, action_dim: int) -> dict:
+    """Rows of the buffer, by their names."""
+    widths = np.cumsum([obs_dim, action_dim, 1, 1, 1])
+    parts = np.split(rows.numpy(), widths, axis=1)
+    return {name: part.squeeze() for name, part in zip(script.COLUMNS, parts, strict=True)}
+
+
+# --- files with D4RL's keys ---
+
+
+class Line(gym.Env):
+    """Stands for an environment of which the loader needs the spaces."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+
+def line(terminals, timeouts) -> dict:
+    """Observation t, action t / 100 and reward -t of a single line of time."""
+    t = np.arange(len(terminals), dtype=float)
+    return dict(
+        observations=t[:, None], actions=t[:, None] / 100, rewards=-t, terminals=np.array(terminals, bool),
+        timeouts=np.array(timeouts, bool),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["npz", "hdf5"])
+def test_rows_of_d4rls_arrays(tmp_path, suffix):
+    """Episodes of 3 (terminated), 4 (timeout), 1 (timeout) and 3 steps (the file ends)."""
+    arrays = line(terminals=[0, 0, 1, *8 * [0]], timeouts=[0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0])
+    path = tmp_path / f"line.{suffix}"
+    write = write_hdf5 if suffix == "hdf5" else lambda path, arrays: np.savez(path, **arrays)
+    args = script.Args("Line-v0", dataset=str(path), chunk=2)
+
+    write(path, arrays)
+    rows = columns(script.load_data(str(path), Line(), args), 1, 1)
+    assert rows["obs"].tolist() == [0, 1, 2, 3, 4, 5, 8, 9]  # 6, 7 and 10 lead to what the file does not have
+    assert rows["terminated"].tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert rows["last"].tolist() == [0, 0, 1, 0, 0, 1, 0, 1]
+    assert rows["reward"].tolist() == (-rows["obs"]).tolist()
+    np.testing.assert_array_equal(rows["action"], (rows["obs"] / 100).astype(np.float32))
+    goes_on = rows["terminated"] == 0
+    assert (rows["next_obs"] == rows["obs"] + 1)[goes_on].all()
+
+    write(path, arrays | dict(next_observations=arrays["observations"] + 0.5))
+    rows = columns(script.load_data(str(path), Line(), args), 1, 1)
+    assert rows["obs"].tolist() == list(range(11)) and (rows["next_obs"] == rows["obs"] + 0.5).all()
+    assert rows["last"].tolist() == [0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1]
+    assert rows["terminated"].tolist() == [0, 0, 1, *8 * [0]]
+
+
+def test_own_files_that_do_not_fit(refused, tmp_path):
+    arrays = play()
+    path = tmp_path / "own.npz"
+    flags = ["--env-id", REACH, "--dataset", path, "--no-cuda"]
+
+    def refuse(changes, *texts):
+        changed = arrays | changes
+        np.savez(path, **{name: values for name, values in changed.items() if values is not None})
+        refused(flags, str(path), *texts)
+
+    refuse({"timeouts": None}, "lacks", "timeouts")
+    refuse({"observations/goal/y": None}, "lacks", "observations/goal/y")
+    refuse({"rewards": np.append(arrays["rewards"], 0)}, "differ in length", "'rewards'")
+    refuse({"actions": arrays["actions"][:, :1]}, "(1,)", "(2,)")
+    refuse({"observations/position": arrays["observations/position"][:, :1]}, "obs has shape (3,)")
+    refuse({"rewards": np.full(len(arrays["rewards"]), np.nan)}, "reward has NaN")
+    refuse({"actions": 3 * arrays["actions"]}, "actions leave the bounds", "--rescale-actions")
+    path.write_bytes(b"nothing")
+    refused(flags, str(path), "truncated, corrupted or of another format")
+
+
+def test_own_environments_that_do_not_fit(refused, reach):
+    own = ["--dataset", reach, "--no-cuda"]
+    refused(["--env-id", "goal_envs:Missing-v0", *own], "--env-id goal_envs:Missing-v0", "Missing")
+    refused(["--env-id", "no_such_module:Reach-v0", *own], "no_such_module")
+    refused(["--env-id", REACH, *own, "--env-kwargs", "{half: 1}"], "--env-kwargs {half: 1}", "JSON")
+    refused(["--env-id", REACH, *own, "--env-kwargs", "[1]"], "--env-kwargs [1]", "dict")
+    refused(["--env-id", REACH, *own, "--env-kwargs", '{"whole": 1}'], REACH, "whole")
+    refused(["--env-id", "Reach", "--no-cuda"], "no such task", "--dataset FILE.npz")
+    refused(["--env-id", "tests/Reach-v0", "--no-cuda"], "tests/Reach-v0", "--dataset FILE.npz")
+
+
+def test_own_data_in_an_own_environment(main, tmp_path, reach):
+    """Both phases; success is what the environment says; its arguments hold in training and evaluation."""
+    main("--env-id", REACH, "--dataset", reach, *SHORT, "--env-kwargs", '{"max_episode_steps": 4, "half": true}')
+    run = the_run(tmp_path)
+    evaluations = list(csv.DictReader(open(run / "eval.csv")))
+    assert [row["phase"] for row in evaluations] == ["offline", "online"]
+    for row in evaluations:
+        assert 0 <= float(row["success_rate"]) <= 1 and float(row["length"]) <= 4
+    episodes = list(csv.DictReader(open(run / "returns.csv")))
+    assert len(episodes) >= 7 and all(row["success"] == str(float(int(row["length"]) < 4)) for row in episodes)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    added = len(play()["rewards"])
+    starts = added + np.cumsum([0] + [int(row["length"]) for row in episodes[:-1]])
+    assert state["buffer_added"] == added + 30 and (state["buffer"][starts, 0] <= 0).all()  # x of the position
+
+
+def test_an_environment_without_an_end_gets_one():
+    args = script.Args("goal_envs:Endless-v0", dataset="own.npz")
+    assert script.make_env(args).get_wrapper_attr("_max_episode_steps") == 10_000
+
+
+# --- dict observations ---
+
+
+@pytest.mark.parametrize("suffix", ["npz", "hdf5"])
+def test_dict_observations_are_flattened_as_the_environment_does(tmp_path, suffix):
+    """The rows of the data are what the flattened environment returns in the same episodes."""
+    path = tmp_path / f"reach.{suffix}"
+    arrays = play()
+    if suffix == "npz":
+        np.savez(path, **arrays)
+    else:
+        write_hdf5(path, arrays)
+    args = script.Args(REACH, dataset=str(path))
+    env = script.make_env(args)
+    rows = columns(script.load_data(str(path), env, args), 4, 2)
+    obs = []
+    next_obs = []
+    for i in range(6):
+        now, _ = env.reset(seed=i)
+        done = False
+        while not done:
+            obs.append(now)
+            now, _, terminated, truncated, _ = env.step(arrays["actions"][len(next_obs)])
+            next_obs.append(now)
+            done = terminated or truncated
+    np.testing.assert_array_equal(rows["obs"], np.float32(obs))
+    np.testing.assert_array_equal(rows["next_obs"], np.float32(next_obs))
+
+
+# --- units of actions ---
+
+
+def trained(main, tmp_path, *flags) -> tuple[Path, dict]:
+    """The folder of a short run, and its checkpoint."""
+    main(*flags, *SHORT, "--run-name", "trained")
+    run = tmp_path / "runs" / "trained"
+    return run, torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def test_actions_in_another_unit(main, tmp_path, reach):
+    """Data in units of a fiftieth: the policy acts in them, the environment in its own."""
+    arrays = play(unit=50.0)
+    low, high = arrays["actions"].min(0), arrays["actions"].max(0)
+    np.savez(reach, **arrays)
+    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--rescale-actions")
+    added = len(arrays["rewards"])
+    np.testing.assert_allclose(state["buffer"][:added, 4:6], arrays["actions"], rtol=1e-6)
+    rows = columns(state["buffer"][added:], 4, 2)
+    moved = rows["next_obs"][:, :2] - rows["obs"][:, :2]
+    free = np.abs(rows["next_obs"][:, :2]) < 1  # not at the wall
+    expected = 0.2 * (2 * (rows["action"] - low) / (high - low) - 1)
+    assert free.sum() > 10 and np.abs(rows["action"]).max() > 5
+    np.testing.assert_allclose(moved[free], expected[free], atol=1e-5)
+    actor = script.load_policy(run / "policy.pt")
+    chunk = actor.act(torch.randn(500, 4)).reshape(-1, 2).numpy()
+    assert (chunk >= low - 1e-3).all() and (chunk <= high + 1e-3).all() and np.ptp(chunk) > 50
+
+
+def test_every_environment_is_given_its_own_units(main, monkeypatch, tmp_path, reach):
+    """Those of training, evaluation and --evaluate: actions in another unit would be clipped to +-1."""
+    import goal_envs
+
+    seen = {}
+    step = goal_envs.Reach.step
+
+    def recorded(self, action):
+        seen.setdefault(self, []).append(np.abs(action))
+        return step(self, action)
+
+    np.savez(reach, **play(unit=50.0))
+    monkeypatch.setattr(goal_envs.Reach, "step", recorded)
+    run, _ = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--rescale-actions")
+    main("--evaluate", run)
+    assert len(seen) == 3
+    for actions in map(np.array, seen.values()):
+        assert actions.max() <= 1 and (actions == 1).mean() < 0.5
+
+
+def test_unbounded_actions_take_the_bounds_of_the_data(main, refused, tmp_path, reach):
+    flags = ["--env-id", "goal_envs:Unbounded-v0", "--dataset", reach]
+    refused([*flags, "--no-cuda"], "finite bounds", "--rescale-actions")
+    np.savez(reach, **(play(unit=0.5)))
+    run, state = trained(main, tmp_path, *flags, "--rescale-actions")
+    rows = columns(state["buffer"][len(play()["rewards"]) :], 4, 2)
+    moved = rows["next_obs"][:, :2] - rows["obs"][:, :2]
+    free = np.abs(rows["next_obs"][:, :2]) < 1
+    np.testing.assert_allclose(moved[free], 0.2 * rows["action"][free], atol=1e-6)  # as they are
+    assert np.abs(rows["action"]).max() <= 0.5 + 1e-6
+
+
+def test_a_constant_action_stays_what_it_is(tmp_path):
+    args = script.Args(REACH, dataset="own.npz", rescale_actions=True, chunk=1, cuda=False)
+    env = script.make_env(args)
+    data = torch.zeros(10, 13)
+    data[:, 4] = torch.linspace(-2, 2, 10)
+    data[:, 5] = 7.0
+    about_data = script.statistics_of(data, env)
+    assert (about_data["low"], about_data["high"]) == ([-2, 6], [2, 8])
+    actor, *_ = script.make_networks(args, env, torch.device("cpu"), about_data | {"rows": 10})
+    torch.testing.assert_close(actor.unsquash(torch.tensor([[0.0, 7.0]])), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("env_id", [REACH, "goal_envs:Unbounded-v0"])
+def test_resumed_and_evaluated_in_these_units(main, tmp_path, reach, capsys, env_id):
+    """All that depends on the data comes back without it; the flags of one run are those of all parts here."""
+    flags = ["--env-id", env_id, "--dataset", reach, "--rescale-actions", "--normalize-observations"]
+    flags += ["--online-fraction", 0.5, *SHORT]
+    np.savez(reach, **play(unit=50.0))
+    main(*flags, "--run-name", "whole")
+    whole = checkpoint(tmp_path / "runs" / "whole")
+    stop = next(int(row[0]) for row in whole["rows"]["returns.csv"][1:] if row[0] > 30)
+    assert stop < 50
+    main(*flags, "--run-name", "part", "--online-steps", stop - 20)
+    reach.unlink()
+    part = tmp_path / "runs" / "part"
+    main("--resume", part, "--online-steps", 30)
+    resumed = checkpoint(part)
+    resumed["rows"]["eval.csv"] = [row for row in resumed["rows"]["eval.csv"] if row[0] != stop]
+    assert_same(resumed, whole | {"args": resumed["args"]})
+    capsys.readouterr()
+    main("--evaluate", part)
+    last = whole["rows"]["eval.csv"][-1]
+    assert f"stochastic: success {float(last[3]):.2f}" in capsys.readouterr().out
+
+
+# --- the buffer ---
+
+
+def test_the_buffer_takes_what_the_run_needs(tmp_path):
+    args = script.Args(REACH, dataset="own.npz", online_steps=30, chunk=3, cuda=False)
+    env = script.make_env(args)
+    about_data = script.statistics_of(torch.zeros(100, 13), env) | {"rows": 100}
+    *_, buffer = script.make_networks(args, env, torch.device("cpu"), about_data)
+    assert len(buffer.rows) == 100 + 30 + 3
+    args.buffer_size = 110
+    *_, buffer = script.make_networks(args, env, torch.device("cpu"), about_data)
+    assert len(buffer.rows) == 110
+
+
+def test_half_of_each_batch_is_online_experience():
+    """Observation is the row's number; data are the first 20."""
+    buffer = script.ReplayBuffer(100, 1, 1, torch.device("cpu"))
+    buffer.refill(torch.zeros(20, 6), 20)
+    buffer.rows[:20, 0] = torch.arange(20)
+    for i in range(20, 25):
+        buffer.add([i], [0], 0, 0, [0], follows=i > 20)
+    seen = buffer.sample(4000, 1, 1.0, 0.25)[0].flatten()
+    assert (seen >= 20).sum() == 1000 and seen[seen >= 20].unique().tolist() == [20, 21, 22, 23, 24]
+    assert seen[seen < 20].unique().tolist() == list(range(20))
+    uniform = buffer.sample(4000, 1, 1.0)[0].flatten()
+    assert (uniform >= 20).float().mean().item() == pytest.approx(0.2, abs=0.03)
+    other = script.ReplayBuffer(100, 1, 1, torch.device("cpu"))
+    other.refill(buffer.filled(), buffer.added, online=5)
+    assert (other.sample(4000, 1, 1.0, 0.25)[0] >= 20).sum() == 1000
+
+
+def test_only_online_batches_are_mixed(main, monkeypatch, refused, reach):
+    fractions = []
+    sample = script.ReplayBuffer.sample
+
+    def recorded(self, batch_size, chunk, gamma, online_fraction=None):
+        fractions.append(online_fraction)
+        return sample(self, batch_size, chunk, gamma, online_fraction)
+
+    monkeypatch.setattr(script.ReplayBuffer, "sample", recorded)
+    own = ["--env-id", REACH, "--dataset", reach, *SHORT]
+    main(*own, "--online-fraction", 0.5)
+    assert fractions == [None] * 20 + [0.5] * 20  # of 30 steps online the first 10 are without an update
+    refused([*own, "--online-fraction", 0.5, "--buffer-size", 50], "--online-fraction", "--buffer-size", "at least")
+    refused([*own, "--online-fraction", 1.5], "--online-fraction must be in [0, 1]")
+
+
+# --- observations standardised ---
+
+
+def test_observations_are_standardised_by_the_data(main, tmp_path, reach):
+    """In actor, critics and targets, and in the policy that is loaded elsewhere; the constant one is only shifted."""
+    arrays = play()
+    for kind in ("observations", "next_observations"):
+        arrays[f"{kind}/position"] = arrays[f"{kind}/position"] * [0.001, 0] + [5, 3]
+    np.savez(reach, **arrays)
+    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--normalize-observations")
+    obs = state["buffer"][: len(arrays["rewards"]), :4]
+    actor = script.load_policy(run / "policy.pt")
+    seen = actor.normalizer(obs)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(4), atol=1e-2, rtol=0)
+    torch.testing.assert_close(seen.std(0), torch.tensor([1.0, 0, 1, 1]), atol=1e-2, rtol=0)
+    for network, parts in (("actor", [""]), ("critics", ["0.", "1."]), ("targets", ["0.", "1."])):
+        for part in parts:
+            for name in ("mean", "deviation"):
+                assert torch.equal(state[network][f"{part}normalizer.{name}"], getattr(actor.normalizer, name))
+
+
+def test_networks_see_standardised_observations():
+    """With mean 3 and deviation 2 they compute of 2 obs + 3 what they computed of obs, whatever is asked of them."""
+    actor = script.Actor(2, [-1.0], [1.0], chunk=2, sigma_dim=8, learn_sigma=True)
+    torch.nn.init.normal_(actor.sigma_net[-1].weight)
+    critic = script.Critic(2, 2, 8, 1)
+    obs = torch.randn(5, 2)
+    noise = actor.noise(5)
+    a = torch.randn(5, 2)
+
+    def outputs(obs):
+        return [*actor.rollout(obs, noise)[:2], actor.sigma(obs), actor.velocity(0.5, a, obs), critic(obs, a)]
+
+    before = outputs(obs)
+    for network in (actor, critic):
+        network.normalizer.mean.fill_(3)
+        network.normalizer.deviation.fill_(2)
+    torch.testing.assert_close(outputs(2 * obs + 3), before)
+
+
+def test_without_the_flag_observations_are_as_they_were(main, tmp_path, reach):
+    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach)
+    assert state["actor"]["normalizer.mean"].tolist() == [0] * 4
+    assert state["critics"]["1.normalizer.deviation"].tolist() == [1] * 4
+
+
+def test_the_readmes_recipe(main, tmp_path):
+    """The lines that save a user's arrays and those that load a policy, run as they stand but for the run's name."""
+    readme = (ROOT / "benchmark" / "README.md").read_text()
+    save, load = [
+        re.search(rf"```python\n({start}.*?)```", readme, re.S)[1] for start in ("# save_data", "import torch")
+    ]
+    generator = np.random.default_rng(0)
+    env = gym.make("Pendulum-v1", max_episode_steps=20)
+    steps = []
+    for _ in range(3):
+        obs, _ = env.reset(seed=0)
+        done = False
+        while not done:
+            action = generator.uniform(-2, 2, 1)
+            next_obs, reward, terminated, done, _ = env.step(action)
+            steps.append((obs, action, reward, terminated, done))
+            obs = next_obs
+    names = "observations actions rewards terminals timeouts".split()
+    arrays = {name: np.array(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)}
+    exec(save, arrays)
+    flags = ["--env-id", "Pendulum-v1", "--dataset", "my_data.npz", "--normalize-observations"]
+    main(*flags, *SHORT, "--chunk", 5, "--online-steps", 0)
+    names = dict(observation=obs)
+    exec(load.replace("runs/<name>", str(the_run(tmp_path))), names)
+    assert names["chunk"].shape == (5, 1) and np.abs(names["chunk"]).max() <= 2
+
+
+# --- robomimic ---
+
+ARM = dict(type="JOINT_POSITION", input_max=1, input_min=-1, output_max=0.05, output_min=-0.05, kp=50)
+ARM |= dict(damping_ratio=1, impedance_mode="fixed", input_type="delta", interpolation=None, gripper=dict(type="GRIP"))
+KEYS = ("robot0_joint_pos", "object")
+
+
+def robomimic_file(path: Path, env_name="Lift", changes=None, **env_kwargs) -> Path:
+    """Two demonstrations of 6 steps, with joint positions' changes as actions and, in `KEYS`, 17 observations."""
+    h5py = pytest.importorskip("h5py")
+    robosuite = pytest.importorskip("robosuite")
+    kwargs = dict(robots=["Panda"], control_freq=10, camera_names=["agentview"], use_camera_obs=True)
+    kwargs |= dict(controller_configs=dict(type="BASIC", body_parts=dict(right=ARM))) | env_kwargs
+    env_args = dict(env_name=env_name, env_version=robosuite.__version__, type=1, env_kwargs=kwargs)
+    generator = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for i in range(2):
+            demo = file.create_group(f"data/demo_{i}")
+            demo["actions"] = generator.uniform(-1, 1, (6, 8))
+            demo["rewards"] = np.arange(6) == 5
+            for kind in ("obs", "next_obs"):
+                demo[f"{kind}/robot0_joint_pos"] = generator.normal(size=(6, 7))
+                demo[f"{kind}/object"] = generator.normal(size=(6, 10))
+        file["data"].attrs["env_args"] = json.dumps(env_args | (changes or {}))
+    return path
+
+
+def test_the_environment_is_the_files_own(tmp_path):
+    """Controller, frequency and task are those of the file, the observation that of the keys."""
+    path = robomimic_file(tmp_path / "lift.hdf5", env_name="Stack")
+    args = script.Args("robosuite/Stack", dataset=str(path), obs_keys=KEYS, env_kwargs='{"max_episode_steps": 3}')
+    env = script.make_env(args)
+    inner = env.unwrapped.env
+    assert type(inner).__name__ == "Stack" and inner.control_freq == 10 and env.action_space.shape == (8,)
+    assert not inner.use_camera_obs and "max_episode_steps" in args.env_kwargs
+    obs, _ = env.reset(seed=0)
+    raw = inner._get_observations()
+    np.testing.assert_array_equal(obs, np.concatenate([raw["robot0_joint_pos"], raw["object-state"]]))
+    assert [env.step(np.zeros(8))[3] for _ in range(3)] == [False, False, True]
+    path.unlink()
+    kept = script.make_env(script.Args("robosuite/Stack", evaluate="runs/x", obs_keys=KEYS, env_kwargs=args.env_kwargs))
+    np.testing.assert_array_equal(kept.reset(seed=0)[0], obs)
+    assert kept.unwrapped.env.control_freq == 10
+
+
+def test_rows_hold_the_keys_of_the_observation(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = robomimic_file(tmp_path / "lift.hdf5")
+
+    class Spaces(Line):
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (17,))
+        action_space = gym.spaces.Box(-1, 1, (8,))
+
+    rows = columns(script.load_data(str(path), Spaces(), script.Args("lift", obs_keys=KEYS)), 17, 8)
+    with h5py.File(path) as file:
+        demo = file["data/demo_1"]
+        expected = np.concatenate([demo["next_obs/robot0_joint_pos"], demo["next_obs/object"]], axis=1)
+    np.testing.assert_array_equal(rows["next_obs"][6:], np.float32(expected))
+
+
+def test_robomimic_files_that_do_not_fit(refused, tmp_path):
+    path = tmp_path / "lift.hdf5"
+    flags = ["--dataset", path, *SHORT, "--obs-keys"]
+
+    def refuse(*texts, **changes):
+        robomimic_file(path, **changes)
+        refused([*flags, *KEYS], str(path), *texts)
+
+    refuse("robosuite 1.4.1", "here is 1.5", changes=dict(env_version="1.4.1"))
+    refuse("controller", "OSC_POSE", controller_configs=dict(type="OSC_POSE", input_max=1))
+    refuse("of Stack, not of --env-id lift", env_name="Stack")
+    refuse("shaped rewards", reward_shaping=True)
+    robomimic_file(path)
+    refused([*flags, "object", "camera"], "--obs-keys", "camera", "robot0_joint_pos")
+    path.write_bytes(path.read_bytes()[:500])
+    refused([*flags, *KEYS], str(path), "truncated, corrupted or of another format")
+
+
+# --- policy.pt ---
+
+
+def test_a_loaded_policy_gives_chunks(main, tmp_path, reach):
+    """Those of the actor that was trained, for a batch and for one observation."""
+    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--normalize-observations")
+    actor = script.load_policy(run / "policy.pt")
+    obs = torch.randn(7, 4)
+    trained_actor = script.make_actor(script.Args(**state["args"]), 4, [-1, -1], [1, 1])
+    trained_actor.load_state_dict(state["actor"])
+    chunks = actor.act(obs, deterministic=True)
+    assert chunks.shape == (7, 3 * 2) and (chunks.abs() <= 1).all()
+    assert torch.equal(chunks, trained_actor.act(obs, deterministic=True))
+    torch.testing.assert_close(actor.act(obs[0], deterministic=True), chunks[0])
+
+
+# --- LeRobot ---
+
+
+def write_lerobot(folder: Path, version: str = "v3.0", drop=()) -> dict:
+    """`play` as a LeRobot data set of two files, its frames out of order; returns its columns, in order."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrays = play()
+    obs = np.concatenate([arrays[f"observations/{key}"] for key in ("position", "goal/x", "goal/y")], axis=1)
+    ends = arrays["terminals"] | arrays["timeouts"]
+    frames = {
+        "observation.state": obs[:, :2].astype(np.float32), "observation.environment_state": obs[:, 2:],
+        "action": arrays["actions"], "next.reward": arrays["rewards"].astype(np.float32),
+        "next.done": arrays["terminals"], "episode_index": np.append(0, np.cumsum(ends)[:-1]),
+        "index": np.arange(len(obs)),
+    }  # fmt: skip
+    (folder / "meta").mkdir(parents=True)
+    (folder / "data" / "chunk-000").mkdir(parents=True)
+    (folder / "meta" / "info.json").write_text(json.dumps(dict(codebase_version=version, fps=10)))
+    half = len(obs) // 2
+    for number, part in enumerate((slice(half, None), slice(0, half))):
+        columns = {name: list(values[part]) for name, values in frames.items() if name not in drop}
+        parquet.write_table(pyarrow.table(columns), folder / "data" / "chunk-000" / f"file-{number:03d}.parquet")
+    return frames
+
+
+LEROBOT_KEYS = ["--obs-keys", "observation.state", "observation.environment_state"]
+
+
+def test_lerobot_in_an_own_environment(main, tmp_path):
+    frames = write_lerobot(tmp_path / "set")
+    main("--env-id", REACH, "--dataset", tmp_path / "set", *LEROBOT_KEYS, *SHORT)
+    state = torch.load(the_run(tmp_path) / "checkpoint.pt", weights_only=True)
+    goes_on = np.append(frames["episode_index"][1:] == frames["episode_index"][:-1], False) | frames["next.done"]
+    n = goes_on.sum()
+    assert state["buffer_added"] == n + 30 and 0 < n < len(goes_on)  # without what leads to an unknown observation
+    rows = columns(state["buffer"][:n], 4, 2)
+    obs = np.hstack([frames["observation.state"], frames["observation.environment_state"]])
+    np.testing.assert_array_equal(rows["obs"], np.float32(obs[goes_on]))
+    np.testing.assert_array_equal(rows["action"], frames["action"][goes_on])
+    np.testing.assert_array_equal(rows["reward"], frames["next.reward"][goes_on])
+    np.testing.assert_array_equal(rows["terminated"], frames["next.done"][goes_on])
+    inside = (rows["last"] == 0).nonzero()[0]
+    np.testing.assert_array_equal(rows["next_obs"][inside], rows["obs"][inside + 1])
+    assert rows["last"].sum() == 6
+
+
+def test_lerobot_sets_that_do_not_fit(refused, tmp_path, monkeypatch):
+    flags = ["--env-id", REACH, "--no-cuda", "--dataset"]
+    write_lerobot(tmp_path / "old", version="v2.1")
+    refused([*flags, tmp_path / "old"], str(tmp_path / "old"), "v2.1, not v3")
+    write_lerobot(tmp_path / "imitation", drop=["next.reward"])
+    refused([*flags, tmp_path / "imitation", *LEROBOT_KEYS], "lacks", "next.reward")
+    refused([*flags, tmp_path / "imitation", "--obs-keys", "observation.stat"], "lacks", "observation.stat")
+    refused([*flags, tmp_path / "imitation", "--resume", "x"], "there is no x")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused([*flags, tmp_path / "old"], "needs pyarrow", "-r benchmark/demonstrations/requirements.txt")
+
+
+# --- collected data ---
+
+
+def test_the_expert_closes_the_gripper_without_noise():
+    """Its commands are exactly open or closed, the arm's are noisy."""
+    pytest.importorskip("robosuite")
+    import collect
+
+    actions = collect.robosuite_player(collect.Args(env_id="lift", noise=0.3))(1)["actions"]
+    assert set(actions[:, 6]) == {collect.OPEN, collect.CLOSE}
+    assert np.abs(np.diff(actions[-8:, 3:6], axis=0)).min() > 0
