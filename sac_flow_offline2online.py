@@ -34,6 +34,7 @@ Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-vi
 import contextlib
 import copy
 import csv
+import inspect
 import io
 import json
 import logging
@@ -838,16 +839,22 @@ def in_digits(word: str) -> str:
 
 
 def read_flags(kind: type, description: str, **options):
-    """tyro.cli with the first line and the commands of a docstring; what it puts into a box becomes one line."""
-    box = io.StringIO()
+    """tyro.cli with the first line and the commands of a docstring; what it says of an error becomes one line.
+
+    --help has the headings of the source, `# Soft actor-critic`, which a flat class cannot tell tyro.
+    """
+    said = io.StringIO()
     shown = "\n".join(re.findall(r"\A.*|^    .*", description, re.M))
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return tyro.cli(kind, description=shown, config=[tyro.conf.DisallowNone], **options)
     except SystemExit as error:
+        text = re.sub(r"\x1b.*?m|[╭╮╰╯│]", "", said.getvalue())  # without colours and frame
         if error.code == 0:  # --help
+            for title, name in re.findall(r"\n\n    # (.+)\n    (\w+):", inspect.getsource(kind)):
+                text = re.sub(rf"^ +{flag(name)}\b", f"\n {title}\n\\g<0>", text, flags=re.M)
+            print(text)
             raise
-        text = re.sub(r"\x1b.*?m|[╭╮╰╯│]", "", box.getvalue())  # without colours and frame
         _, *parts = re.split("[─-]{9,}", " ".join(text.split()))
         fail("; ".join(filter(None, map(str.strip, parts))))
 
@@ -1340,18 +1347,24 @@ def normalizers(env: gym.Env):
         env = env.env
 
 
-def running_statistics(env: gym.Env) -> list:
+def running_statistics(env: gym.Env) -> list[dict]:
     """What the `normalizers` of an environment have seen, in types that torch.load(weights_only=True) accepts."""
-    states = [[vars(seen), getattr(wrapper, "discounted_reward", 0.0)] for wrapper, seen in normalizers(env)]
-    return in_plain_types(states)
+    states = []
+    for wrapper, seen in normalizers(env):
+        discounted = float(np.sum(getattr(wrapper, "discounted_reward", 0)))  # of NormalizeReward
+        mean = torch.as_tensor(seen.mean).clone()
+        var = torch.as_tensor(seen.var).clone()
+        states.append({"mean": mean, "var": var, "count": float(seen.count), "discounted": discounted})
+    return states
 
 
-def set_running_statistics(env: gym.Env, states: list, frozen: bool = False) -> None:
+def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
     """Undo `running_statistics`, also in another environment of the same id; `frozen`: they do not move from there."""
-    for (wrapper, seen), (state, discounted_reward) in zip(normalizers(env), states, strict=True):
-        for name, value in state.items():  # mean, var and count
-            setattr(seen, name, np.asarray(value, dtype=getattr(seen.mean, "dtype", float)))
-        wrapper.discounted_reward = np.array(discounted_reward)  # of NormalizeReward
+    for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
+        seen.mean = state["mean"].numpy().copy()
+        seen.var = state["var"].numpy().copy()
+        seen.count = state["count"]
+        wrapper.discounted_reward = np.array([state["discounted"]])
         wrapper.update_running_mean = not frozen
 
 

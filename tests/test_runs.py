@@ -354,7 +354,10 @@ def test_statistics_of_normalising_wrappers_are_part_of_a_run(script, main, monk
     assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
     assert returns(folder) == returns(whole)
     seen, _ = checkpoint(folder)["statistics"], state["statistics"]
-    assert [round(entry["count"]) for entry in seen] == [162, 162 + 18 + 1]  # of rewards; of observations, with resets
+    assert [round(entry["count"]) for entry in seen] == [
+        162,
+        162 + 18 + 1,
+    ]  # of rewards; of observations, with resets
     assert_same(torch.load(folder / "policy.pt")["statistics"], seen)
     env = script.make_env("tiny_envs:Normalized-v0")
     script.set_running_statistics(env, seen, frozen=True)
@@ -601,6 +604,12 @@ def test_help(script, monkeypatch, capsys):
     title, *rest = script.__doc__.splitlines()
     (command,) = (line for line in rest if line.startswith("    python "))
     assert f"\n{title}\n{command}\n" in stdout and "--run-name STR" in stdout
+    for heading, first in (
+        ("What to run", "env-id"),
+        ("Soft actor-critic", "buffer-size"),
+        ("Flow policy", "flow-steps"),
+    ):
+        assert (heading in script.__doc__ + open(script.__file__).read()) == (f" {heading}\n  --{first} " in stdout)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -85,10 +85,9 @@ def wait_for(condition, process: subprocess.Popen):
 def uninterrupted(start, tmp_path):
     """The checkpoint of a run that nothing disturbs: `uninterrupted(run)` for the name of one of a sweep."""
 
-    def uninterrupted(run: Path) -> dict:
+    def uninterrupted(run: Path, flags=FLAGS) -> dict:
         _, name, seed = run.name.split("__")
-        flags = ["--env-id", ENV, "--seed", seed, *FLAGS, "--run-name", "whole"]
-        done = start(*flags, name=name)
+        done = start("--env-id", ENV, "--seed", seed, *flags, "--run-name", "whole", name=name)
         assert done.returncode == 0, done.stderr
         state = checkpoint(tmp_path / "runs" / "whole")
         state["args"]["run_name"] = f"{run.parent.name}/{run.name}"
@@ -149,7 +148,8 @@ def test_killed_worker_and_killed_process(begin, tmp_path, uninterrupted):
 
 
 def test_ctrl_c_loses_nothing(begin, tmp_path, uninterrupted):
-    process = begin("--name", "stopped", "--env-ids", ENV, "--seeds", 1, 2, 3, *FLAGS)
+    flags = [*FLAGS, "--total-timesteps", 1200]  # so long that none ends before the signal
+    process = begin("--name", "stopped", "--env-ids", ENV, "--seeds", 1, 2, 3, *flags)
     runs = [tmp_path / "runs" / "stopped" / f"{ENV}__sac_flow_g__{seed}" for seed in (1, 2, 3)]
     run = wait_for(lambda: next((run for run in runs if (run / "checkpoint.pt").exists()), None), process)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -158,9 +158,9 @@ def test_ctrl_c_loses_nothing(begin, tmp_path, uninterrupted):
     output = end(process, 130)
     assert "--file runs/stopped/sweep.json" in output and "failed" not in output
     assert f"stopped at step {checkpoint(run)['step']};" in run.with_name(f"{run.name}.log").read_text()
-    assert checkpoint(run)["step"] < 400 and not process_of(run)[0]
+    assert checkpoint(run)["step"] < 1200 and not process_of(run)[0]
     assert "3 runs: 3 finished" in end(begin("--file", "runs/stopped/sweep.json"), 0)
-    assert_same_run(run, uninterrupted(run))
+    assert_same_run(run, uninterrupted(run, flags))
 
 
 def test_no_second_writer_and_a_fresh_start_without_a_checkpoint(tmp_path):
