@@ -1306,12 +1306,12 @@ def find_compiler(device: torch.device):
         function.__code__ = function.__code__.replace()
         return torch.compile(function, dynamic=False, options=dict(options))  # it takes items out of its options
 
-    for library in Path(cache_dir()).rglob("*.so"):
-        with contextlib.suppress(OSError):  # another process may be as quick
-            status = library.stat()
-            if status.st_size == 0 and time.time() - status.st_mtime > 10:  # of a compilation that was killed
-                library.unlink()  # else every later run would fail on it
     try:
+        for library in Path(cache_dir()).rglob("*.so"):
+            with contextlib.suppress(OSError):  # another process may be as quick
+                status = library.stat()
+                if status.st_size == 0 and time.time() - status.st_mtime > 10:  # of a compilation that was killed
+                    library.unlink()  # else every later run would fail on it
         torch.compiler.reset()  # guards are off, so graphs of an earlier run in this process would be reused
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         print("the first update compiles the losses, for a minute or two", file=sys.stderr)

@@ -51,6 +51,8 @@ def test_what_a_killed_compilation_left_is_cleared_away(monkeypatch, tmp_path):
     monkeypatch.setattr(script.torch, "compile", lambda function: function)
     script.find_compiler(torch.device("cpu"))
     assert {library.name for library in tmp_path.rglob("*.so")} == {"at-work.main.so", "whole.main.so"}
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "ab" / "whole.main.so" / "no-folder"))
+    assert script.find_compiler(torch.device("cpu")) is script.unchanged  # without a place to compile: eager
 
 
 def test_compiled_with_target_networks(run, tmp_path):
