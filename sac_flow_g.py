@@ -142,6 +142,8 @@ class Args:
     """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
     sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
+    encoder_dim: int = 256
+    """width of the layer between the observation and the velocity network; 0: none"""
     velocity_dim: int = 256
     """width of the hidden layer of gate and candidate"""
 
@@ -198,7 +200,7 @@ class Actor(nn.Module):
 
     def __init__(
         self, obs_dim: int, action_low, action_high, *, flow_steps: int = 4, score_step: str = "exponential",
-        sigma_dim: int = 256, renorm=lambda dim: nn.Identity(), **velocity,
+        sigma_dim: int = 256, encoder_dim: int = 256, renorm=lambda dim: nn.Identity(), **velocity,
     ):  # fmt: skip
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
@@ -211,7 +213,8 @@ class Actor(nn.Module):
         if score_step not in ("exponential", "euler", "none"):
             raise ValueError(f"score_step must be exponential, euler or none, not {score_step}")
         self.norm = renorm(obs_dim)
-        self.velocity_net = Velocity(obs_dim, self.action_dim, **velocity)
+        self.encoder = nn.Sequential(nn.Linear(obs_dim, encoder_dim), nn.ReLU()) if encoder_dim else nn.Identity()
+        self.velocity_net = Velocity(encoder_dim or obs_dim, self.action_dim, **velocity)
         self.sigma_net = nn.Sequential(
             nn.Linear(obs_dim, sigma_dim), nn.ReLU(),
             nn.Linear(sigma_dim, sigma_dim), nn.ReLU(),
@@ -225,7 +228,7 @@ class Actor(nn.Module):
 
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
-        return self.velocity_net(t, a, self.velocity_net.encode(self.norm(obs)))
+        return self.velocity_net(t, a, self.velocity_net.encode(self.encoder(self.norm(obs))))
 
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
@@ -259,7 +262,7 @@ class Actor(nn.Module):
             shapes = f"{tuple(obs.shape)} and {tuple(noise.shape)}"
             raise ValueError(f"rollout takes obs (B, {self.obs_dim}) and noise {expected}, not {shapes}")
         obs = self.norm(obs)
-        features = self.velocity_net.encode(obs)
+        features = self.velocity_net.encode(self.encoder(obs))
         sigma = torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))  # (B, D) in [e^-5, e^2], shared by the K steps
         path, log_deviations = [noise[0]], 0.0
         for i in range(self.flow_steps):
@@ -717,10 +720,12 @@ def parse_args() -> tuple[Args, Optional[dict]]:
 
     least = 2 if args.crossq else 1  # BatchRenorm needs a batch
     starts = args.learning_starts
+    from_0 = "seed|learning_starts|renorm_warmup|eval_every|encoder_dim"
+    from_1 = "(?!encoder).*_(size|dim|layers|steps|timesteps|episodes|delay)|save_every"
     rules = [
-        ("seed|learning_starts|renorm_warmup|eval_every", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
+        (from_0, lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
         ("batch_size", lambda n: least <= n <= args.buffer_size, f"from {least} to --buffer-size {args.buffer_size}"),
-        (".*_(size|dim|layers|steps|timesteps|episodes|delay)|save_every", lambda n: n is None or n >= 1, "1 or more"),
+        (from_1, lambda n: n is None or n >= 1, "1 or more"),
         ("total_timesteps", lambda n: n > starts, f"above --learning-starts {starts}, where learning begins"),
         (".*_lr|alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
@@ -746,7 +751,7 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     velocity = {name[len("velocity_") :]: n for name, n in vars(args).items() if name.startswith("velocity_")}
     return Actor(
         obs_dim, action_low, action_high, flow_steps=args.flow_steps, score_step=args.score_step,
-        sigma_dim=args.sigma_dim, renorm=renorm_of(args), **velocity,
+        sigma_dim=args.sigma_dim, encoder_dim=args.encoder_dim, renorm=renorm_of(args), **velocity,
     )  # fmt: skip
 
 

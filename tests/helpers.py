@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = [ROOT, *(ROOT / "benchmark" / kind for kind in ("", "controls", "demonstrations", "measurements", "parity"))]
 SCRIPTS = ["sac_flow_g", "sac_flow_t"]
 FLOWS = [*SCRIPTS, "sac_flow_naive"]
-SMALL = "--critic-dim 16 --sigma-dim 16 --velocity-dim 16 --batch-size 16 --no-compile --no-cuda".split()
+SIZES = "--critic-dim 16 --sigma-dim 16 --encoder-dim 16 --velocity-dim 16 --batch-size 16".split()
+SMALL = [*SIZES, "--no-compile", "--no-cuda"]
 
 
 def path_of(name: str) -> Path:

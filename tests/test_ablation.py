@@ -22,7 +22,8 @@ OWN_SIGMA = ["sigma", "renorm", "time", "authors", "authors-no-time", "authors-c
 
 def make_actor(variant, dim=16, warmup=100_000):
     """A variant's actor of 5 observations and 3 actions, as the program makes it."""
-    args = ablation.Args(variant=variant, velocity_dim=dim, sigma_dim=16, flow_steps=K, renorm_warmup=warmup)
+    sizes = dict(velocity_dim=dim, sigma_dim=16, encoder_dim=16)
+    args = ablation.Args(variant=variant, flow_steps=K, renorm_warmup=warmup, **sizes)
     return ablation.make_actor(args, 5, LOW, HIGH)
 
 
@@ -68,14 +69,14 @@ def mean_and_deviation(variant, actor, i, a, obs):
             out = last(second(first(torch.cat([s, a_in, t], 1)).relu()).relu())
         else:
             time = normalised_t * network.from_time.weight.T if variant == "time" else network.from_time(t)
-            hidden = network.from_obs(s) + a_in @ network.from_action.weight.T + time
+            hidden = network.from_obs(actor.encoder(s)) + a_in @ network.from_action.weight.T + time
             out = network.out(hidden * hidden.sigmoid())
         v, log_sigma = out[:, :3], out[:, 3:]
         return a + v / K, (3.5 * log_sigma.tanh() - 1.5).exp()
     time = network.from_time(t)
     if variant == "flow-g-time":
         time = normalised_t * network.from_time.weight.T
-    hidden = network.from_obs(s) + a @ network.from_action.weight.T + time
+    hidden = network.from_obs(actor.encoder(s)) + a @ network.from_action.weight.T + time
     hidden = hidden * hidden.sigmoid()
     if variant.startswith("flow-g"):
         gate = network.gate(hidden[:, : hidden.shape[1] // 2]).sigmoid()
@@ -123,6 +124,7 @@ NORM = {"norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"}
 SIGMA_NET = {f"sigma_net.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
 HERE = {f"velocity_net.{part}" for part in "from_obs.weight from_obs.bias from_action.weight".split()}
 HERE |= {f"velocity_net.{part}" for part in "from_time.weight out.weight out.bias".split()}
+ENCODER = {"encoder.0.weight", "encoder.0.bias"}
 THEIRS = {f"velocity_net.net.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
 TIME = {"velocity_net.from_time.weight", "velocity_net.from_time.linear.weight"}
 
@@ -133,7 +135,7 @@ TIME = {"velocity_net.from_time.weight", "velocity_net.from_time.linear.weight"}
         ("sigma", "plain", SIGMA_NET | {"velocity_net.out.weight", "velocity_net.out.bias"}),
         ("renorm", "sigma", NORM),
         ("time", "renorm", NORM | TIME),
-        ("authors", "time", THEIRS | HERE),
+        ("authors", "time", THEIRS | HERE | ENCODER),
         ("authors-no-time", "authors", NORM),
         ("flow-g-time", "flow-g", NORM | TIME),
         ("clipped", "plain", set()),
@@ -244,7 +246,8 @@ def test_clipped_backward_is_the_recursion_written_out():
     action, log_prob, path = actor.rollout(obs, noise.requires_grad_())
     found = torch.autograd.grad(loss_of(action, log_prob), [*path, *weights])
 
-    free = ablation.naive.Actor(5, LOW, HIGH, flow_steps=K, sigma_dim=16, dim=16, renorm=sac_flow_naive.BatchRenorm)
+    sizes = dict(sigma_dim=16, encoder_dim=16)
+    free = ablation.naive.Actor(5, LOW, HIGH, flow_steps=K, **sizes, dim=16, renorm=sac_flow_naive.BatchRenorm)
     free.double().eval().load_state_dict(actor.state_dict())
     end = path[-1].detach().requires_grad_()
     tanh = TanhTransform()
@@ -412,7 +415,7 @@ def test_flags_that_would_undo_a_variant(start, tmp_path, flags, words):
 
 def test_compiled_is_eager(start, tmp_path):
     """The variant with both the limited backward pass and a BatchRenorm in the loop."""
-    flags = ["--variant", "authors-clipped", "--total-timesteps", 130]
+    flags = ["--variant", "authors-clipped", "--total-timesteps", 115]
     eager, _ = run_of(start, tmp_path, "eager", *flags)
     compiled, done = run_of(start, tmp_path, "compiled", *flags, "--compile")
     assert "without it" not in done.stderr

@@ -16,7 +16,7 @@ LOW, HIGH = [-0.4, -3.0, 0.0], [0.4, 1.0, 5.0]  # unequal bounds, one of them no
 
 def make_actor(script, k=4, double=True, **keywords):
     """An actor of 5 observations and 3 actions whose every weight is random, so that no term is 0 by its start."""
-    actor = script.Actor(5, LOW, HIGH, flow_steps=k, sigma_dim=16, dim=16, **keywords)
+    actor = script.Actor(5, LOW, HIGH, flow_steps=k, sigma_dim=16, encoder_dim=16, dim=16, **keywords)
     for parameter in actor.parameters():
         nn.init.normal_(parameter, std=0.3)
     return actor.double() if double else actor
@@ -175,7 +175,7 @@ def test_rollout_is_an_unrolled_residual_rnn(script):
     noise[0].normal_()
     h, states = noise[0], [noise[0]]
     for i in range(4):
-        h = cell((i / 4, obs), h)
+        h = cell((i / 4, actor.encoder(obs)), h)
         states.append(h)
     torch.testing.assert_close(actor.rollout(obs, noise)[2], states)
 
@@ -268,7 +268,7 @@ def test_flow_g_step_is_a_gru_update():
     velocity, dt, t, d = actor.velocity_net, 1 / 4, 0.5, 3
     obs, a = torch.randn(6, 5).double(), torch.randn(6, 3).double()
     nn.init.normal_(velocity.candidate.weight, std=0.05)
-    hidden = F.silu(velocity.encode(obs) + velocity.from_action(a) + velocity.from_time(t))
+    hidden = F.silu(velocity.encode(actor.encoder(obs)) + velocity.from_action(a) + velocity.from_time(t))
     gate = torch.sigmoid(velocity.gate(hidden[:, :16]))
     candidate = velocity.candidate(hidden[:, 16:])
     assert candidate.abs().max() < 1  # a GRU's candidate is a tanh
@@ -290,7 +290,8 @@ def test_flow_g_starts_contractive():
 
     actor = script.Actor(5, LOW, HIGH)
     velocity, a = actor.velocity_net, torch.randn(6, 3)
-    hidden = F.silu(velocity.encode(torch.randn(6, 5)) + velocity.from_action(a) + velocity.from_time(0.0))
+    features = velocity.encode(actor.encoder(torch.randn(6, 5)))
+    hidden = F.silu(features + velocity.from_action(a) + velocity.from_time(0.0))
     assert torch.allclose(torch.sigmoid(velocity.gate(hidden[:, :256])), torch.tensor(0.9933), atol=1e-4)
 
 

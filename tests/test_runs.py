@@ -487,6 +487,7 @@ def assert_refused(done, *words):
         ("--max-episode-steps 0", "--max-episode-steps"),
         ("--critic-dim 0", "--critic-dim"),
         ("--sigma-dim -3", "--sigma-dim"),
+        ("--encoder-dim -1", "--encoder-dim"),
         ("--velocity-dim 0", "--velocity-dim"),
         ("--total-timesteps -1", "--total-timesteps"),
         ("--buffer-size 0", "--buffer-size"),

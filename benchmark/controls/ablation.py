@@ -154,7 +154,7 @@ class Clipped(Stepwise, naive.Actor):
 
     def prepare(self, obs):
         obs = self.norm(obs)
-        return self.velocity_net.encode(obs), bounded(self.sigma_net(obs))
+        return self.velocity_net.encode(self.encoder(obs)), bounded(self.sigma_net(obs))
 
     def velocity_and_sigma(self, t, a, shared):
         features, sigma = shared
@@ -177,13 +177,13 @@ class Sigma(Stepwise, naive.Actor):
 
     def network(self, obs_dim: int, dim: int) -> nn.Module:
         """The plain velocity's, with twice the outputs."""
-        network = naive.Velocity(obs_dim, self.action_dim, dim)
+        network = naive.Velocity(self.velocity_net.from_obs.in_features, self.action_dim, dim)
         network.out = nn.Linear(dim, 2 * self.action_dim)
         return network
 
     def velocity_and_sigma(self, t, a, shared):
         obs, a, t = self.inputs(t, a, shared)
-        v, log_sigma = self.velocity_net(t, a, self.velocity_net.encode(obs)).chunk(2, dim=1)
+        v, log_sigma = self.velocity_net(t, a, self.velocity_net.encode(self.encoder(obs))).chunk(2, dim=1)
         return v, bounded(log_sigma)
 
     def step(self, i: int, a, v, sigma):
@@ -236,6 +236,7 @@ class Authors(Time):
     """`Time` with the authors' network."""
 
     def network(self, obs_dim: int, dim: int) -> nn.Module:
+        self.encoder = nn.Identity()
         return AuthorsNetwork(obs_dim, self.action_dim, dim)
 
 
@@ -265,7 +266,7 @@ class FlowGTime(Stepwise, flow_g.Actor):
 
     def velocity_and_sigma(self, t, a, shared):
         obs, a, t = self.inputs(t, a, shared)
-        return self.velocity_net(t, a, self.velocity_net.encode(obs)), bounded(self.sigma_net(obs))
+        return self.velocity_net(t, a, self.velocity_net.encode(self.encoder(obs))), bounded(self.sigma_net(obs))
 
 
 VARIANTS = {
@@ -327,7 +328,7 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> naive.Actor
     dim = args.velocity_dim // 2 if args.variant.startswith("flow-g") else args.velocity_dim
     return VARIANTS[args.variant](
         obs_dim, action_low, action_high, flow_steps=args.flow_steps, score_step=args.score_step,
-        sigma_dim=args.sigma_dim, renorm=naive.renorm_of(args), dim=dim,
+        sigma_dim=args.sigma_dim, encoder_dim=args.encoder_dim, renorm=naive.renorm_of(args), dim=dim,
     )  # fmt: skip
 
 

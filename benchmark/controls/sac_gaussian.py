@@ -620,10 +620,12 @@ def parse_args() -> tuple[Args, Optional[dict]]:
 
     least = 2 if args.crossq else 1  # BatchRenorm needs a batch
     starts = args.learning_starts
+    from_0 = "seed|learning_starts|renorm_warmup|eval_every|encoder_dim"
+    from_1 = "(?!encoder).*_(size|dim|layers|steps|timesteps|episodes|delay)|save_every"
     rules = [
-        ("seed|learning_starts|renorm_warmup|eval_every", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
+        (from_0, lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
         ("batch_size", lambda n: least <= n <= args.buffer_size, f"from {least} to --buffer-size {args.buffer_size}"),
-        (".*_(size|dim|layers|steps|timesteps|episodes|delay)|save_every", lambda n: n is None or n >= 1, "1 or more"),
+        (from_1, lambda n: n is None or n >= 1, "1 or more"),
         ("total_timesteps", lambda n: n > starts, f"above --learning-starts {starts}, where learning begins"),
         (".*_lr|alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),

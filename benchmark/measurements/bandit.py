@@ -41,9 +41,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "controls")]
 SCRIPTS = {"plain": "sac_flow_naive", "gated": "sac_flow_g", "decoded": "sac_flow_t", "gaussian": "sac_gaussian"}
 # A toy needs less than the scripts' defaults: a quarter of the widths, so that plain still has gated's parameters.
 SIZES = {
-    "plain": dict(dim=128, sigma_dim=64),
-    "gated": dict(dim=64, sigma_dim=64),
-    "decoded": dict(dim=16, sigma_dim=64),
+    "plain": dict(dim=128, sigma_dim=64, encoder_dim=0),  # there is nothing to observe
+    "gated": dict(dim=64, sigma_dim=64, encoder_dim=0),
+    "decoded": dict(dim=16, sigma_dim=64, encoder_dim=0),
     "gaussian": dict(dim=64),
 }
 BINS = 100  # of the histograms over [-1, 1]

@@ -117,7 +117,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the networks are small
     old_actor, critics, state = load(args.run)
     critics.requires_grad_(False)
-    all_obs, alpha = state["buffer"][:, : old_actor.velocity_net.from_obs.in_features], state["log_alpha"].exp()
+    all_obs, alpha = state["buffer"][:, : old_actor.obs_dim], state["log_alpha"].exp()
     settings = list(itertools.product(args.flow_steps, args.weight_scales, args.score_steps))
     rows = []
     for k, scale, score_step in settings:

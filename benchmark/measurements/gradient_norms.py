@@ -177,7 +177,7 @@ def load(run: Path):
     script = importlib.import_module(described(run)["script"])
     state = script.load(run / "checkpoint.pt", "buffer")
     args = script.Args(**state["args"])
-    obs_dim = state["actor"]["velocity_net.from_obs.weight"].shape[1]
+    obs_dim = state["actor"]["sigma_net.0.weight"].shape[1]
     scale, bias = state["actor"]["scale"], state["actor"]["bias"]
     actor = script.make_actor(args, obs_dim, bias - scale, bias + scale)
     sizes = obs_dim, len(scale), args.critic_dim, script.renorm_of(args)
@@ -202,7 +202,7 @@ def at_checkpoint(run: Path):
 
     actor.norm.register_forward_pre_hook(restore)  # every forward starts from the same, though each moves them
     torch.manual_seed(0)
-    obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.velocity_net.from_obs.in_features]
+    obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.obs_dim]
     alpha = state["log_alpha"].exp()
     known = described(run)
     script = importlib.import_module(known["script"])
