@@ -345,7 +345,7 @@ def test_gradient_norms_stay_level_where_a_plain_velocitys_grow(k):
     def ratio(name, seed):
         torch.manual_seed(seed)
         script = importlib.import_module(name)
-        actor = script.Actor(17, [-1.0] * 6, [1.0] * 6, flow_steps=k, score_step="none")
+        actor = script.Actor(17, [-1.0] * 6, [1.0] * 6, flow_steps=k, score_step="none", encoder_dim=0)
         with torch.no_grad():
             for weight in actor.velocity_net.parameters():
                 weight.mul_(3.5 if weight.ndim == 2 else 1)

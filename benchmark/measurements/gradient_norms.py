@@ -140,7 +140,8 @@ def at_initialisation(args: Args):
                 for seed in range(args.seeds):
                     torch.manual_seed(seed)
                     bounds = [-1.0] * args.action_dim, [1.0] * args.action_dim
-                    actor = script.Actor(args.obs_dim, *bounds, flow_steps=k, score_step=args.score_step)
+                    steps = dict(flow_steps=k, score_step=args.score_step)
+                    actor = script.Actor(args.obs_dim, *bounds, encoder_dim=0, **steps)
                     with torch.no_grad():
                         for weight in actor.velocity_net.parameters():
                             weight.mul_(scale if weight.ndim == 2 else 1)
