@@ -352,6 +352,7 @@ class Actor(nn.Module):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
+        self.entropy = "path"
         self.obs_dim = obs_dim
         self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
@@ -411,23 +412,26 @@ class Actor(nn.Module):
             raise ValueError(f"rollout takes obs (B, {self.obs_dim}) and noise {expected}, not {shapes}")
         features = self.velocity_net.encode(self.normalizer(obs))
         sigma = self.sigma(obs)
-        path, log_deviations = [noise[0]], 0.0
+        path, log_deviations = [noise[0]], []
         for i in range(self.flow_steps):
             v = self.velocity_net(i / self.flow_steps, path[i], features)
             mean, deviation = self.step(i, path[i], v, sigma)
             path.append(mean + deviation * noise[i + 1])
-            log_deviations = log_deviations + deviation.log()
+            log_deviations.append(deviation.log())
         # Standardised, A_{i+1} given A_i is noise[i+1]: hence the density of the noise, less the log deviations.
-        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - log_deviations
+        counted = slice(-1, None) if self.entropy == "last-step" else slice(None)
+        log_prob = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi)).sum(0) - sum(log_deviations[counted])
         # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
         log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
         return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """Entropy of paths with that sigma everywhere, were nothing squashed: in nats, of all dimensions and steps."""
+        """The entropy if sigma is that everywhere, were nothing squashed: in nats, of all dimensions together."""
         one = torch.ones_like(self.scale)
         log_deviations = [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
         normal = 0.5 * math.log(2 * math.pi * math.e)
+        if self.entropy == "last-step":
+            return float((normal + log_deviations[-1] + self.scale.log()).sum())
         return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
 
     def unsquash(self, action):

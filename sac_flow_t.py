@@ -140,6 +140,8 @@ class Args:
     # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
     """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
+    entropy: Literal["last-step", "path"] = "last-step"
+    """whose entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper"""
     sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
     encoder_dim: int = 256
@@ -224,7 +226,8 @@ class Actor(nn.Module):
 
     def __init__(
         self, obs_dim: int, action_low, action_high, *, flow_steps: int = 4, score_step: str = "exponential",
-        sigma_dim: int = 256, encoder_dim: int = 256, renorm=lambda dim: nn.Identity(), **velocity,
+        entropy: str = "last-step", sigma_dim: int = 256, encoder_dim: int = 256, renorm=lambda dim: nn.Identity(),
+        **velocity,
     ):  # fmt: skip
         super().__init__()
         low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
@@ -232,10 +235,13 @@ class Actor(nn.Module):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
+        self.entropy = entropy
         self.obs_dim = obs_dim
         self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
             raise ValueError(f"score_step must be exponential, euler or none, not {score_step}")
+        if entropy not in ("last-step", "path"):
+            raise ValueError(f"entropy must be last-step or path, not {entropy}")
         self.norm = renorm(obs_dim)
         self.encoder = nn.Sequential(nn.Linear(obs_dim, encoder_dim), nn.ReLU()) if encoder_dim else nn.Identity()
         self.velocity_net = Velocity(encoder_dim or obs_dim, self.action_dim, **velocity)
@@ -246,9 +252,11 @@ class Actor(nn.Module):
         )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # The paper's target, 0 whatever K is, asks for a sigma of 0.46 at K = 4, but of 1.4 at K = 16. There Flow-G on
-        # Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with 0.46 (frozen averages, two seeds).
-        self.target_entropy = self.largest_entropy(sigma=0.46)
+        # SAC's custom is -1 for each dimension of actions in [-1, 1]. For the path the paper's target, 0 whatever K is,
+        # asks for a sigma of 0.46 at K = 4, but of 1.4 at K = 16. There Flow-G on Ant-v4 returned 330 and 82 after
+        # 30 000 steps, and 559 and 598 with 0.46 (frozen averages, two seeds).
+        customary = float((self.scale.log() - 1).sum())
+        self.target_entropy = customary if entropy == "last-step" else self.largest_entropy(sigma=0.46)
 
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
@@ -278,7 +286,8 @@ class Actor(nn.Module):
         A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
         log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, V_i I) - sum_d log |d action_d / d A_{K,d}|.
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians. Returns action (B, D) in the environment's units,
-        log_prob (B,) = log p_c, and the path, the list of A_0 to A_K, (B, D) each (graph nodes if noise requires grad).
+        log_prob (B,), and the path, the list of A_0 to A_K, (B, D) each (graph nodes if noise requires grad). log_prob
+        is log p_c if the entropy is the path's, else its last step's part, log p(action | A_{K-1}, s).
         Raises ValueError for other shapes.
         """
         expected = (self.flow_steps + 1, obs.shape[0], self.action_dim)
@@ -288,23 +297,26 @@ class Actor(nn.Module):
         obs = self.norm(obs)
         features = self.velocity_net.encode(self.encoder(obs))
         sigma = torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))  # (B, D) in [e^-5, e^2], shared by the K steps
-        path, log_deviations = [noise[0]], 0.0
+        path, log_deviations = [noise[0]], []
         for i in range(self.flow_steps):
             v = self.velocity_net(i / self.flow_steps, path[i], features)
             mean, deviation = self.step(i, path[i], v, sigma)
             path.append(mean + deviation * noise[i + 1])
-            log_deviations = log_deviations + deviation.log()
+            log_deviations.append(deviation.log())
         # Standardised, A_{i+1} given A_i is noise[i+1]: hence the density of the noise, less the log deviations.
-        log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - log_deviations
+        counted = slice(-1, None) if self.entropy == "last-step" else slice(None)
+        log_prob = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi)).sum(0) - sum(log_deviations[counted])
         # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
         log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
         return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """Entropy of paths with that sigma everywhere, were nothing squashed: in nats, of all dimensions and steps."""
+        """The entropy if sigma is that everywhere, were nothing squashed: in nats, of all dimensions together."""
         one = torch.ones_like(self.scale)
         log_deviations = [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
         normal = 0.5 * math.log(2 * math.pi * math.e)
+        if self.entropy == "last-step":
+            return float((normal + log_deviations[-1] + self.scale.log()).sum())
         return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
 
     def noise(self, batch: int, deterministic: bool = False):
@@ -775,7 +787,8 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     velocity = {name[len("velocity_") :]: n for name, n in vars(args).items() if name.startswith("velocity_")}
     return Actor(
         obs_dim, action_low, action_high, flow_steps=args.flow_steps, score_step=args.score_step,
-        sigma_dim=args.sigma_dim, encoder_dim=args.encoder_dim, renorm=renorm_of(args), **velocity,
+        entropy=args.entropy, sigma_dim=args.sigma_dim, encoder_dim=args.encoder_dim, renorm=renorm_of(args),
+        **velocity,
     )  # fmt: skip
 
 

@@ -364,7 +364,7 @@ def test_those_that_are_scripts_train_as_the_scripts_do(start, tmp_path, variant
     """To the last bit; so measuring the norms, too, changes nothing."""
     flags = ["--total-timesteps", 200]
     mine, _ = run_of(start, tmp_path, "mine", "--variant", variant, "--norms-every", 7, *flags)
-    its, _ = run_of(start, tmp_path, "its", "--velocity-dim", dim, *flags, program=script)
+    its, _ = run_of(start, tmp_path, "its", "--velocity-dim", dim, "--entropy", "path", *flags, program=script)
     states = [checkpoint(folder) for folder in (mine, its)]
     assert len(states[0]["rows"].pop("norms.csv")) == 1 + 14 * 2 * (K + 1)
     for state in states:

@@ -14,9 +14,10 @@ SCORE_STEPS = ["exponential", "euler", "none"]
 LOW, HIGH = [-0.4, -3.0, 0.0], [0.4, 1.0, 5.0]  # unequal bounds, one of them not symmetric
 
 
-def make_actor(script, k=4, double=True, **keywords):
+def make_actor(script, k=4, double=True, entropy="path", **keywords):
     """An actor of 5 observations and 3 actions whose every weight is random, so that no term is 0 by its start."""
-    actor = script.Actor(5, LOW, HIGH, flow_steps=k, sigma_dim=16, encoder_dim=16, dim=16, **keywords)
+    sizes = dict(sigma_dim=16, encoder_dim=16, dim=16)
+    actor = script.Actor(5, LOW, HIGH, flow_steps=k, entropy=entropy, **sizes, **keywords)
     for parameter in actor.parameters():
         nn.init.normal_(parameter, std=0.3)
     return actor.double() if double else actor
@@ -42,6 +43,21 @@ def test_log_prob_is_the_density_of_the_map_from_noise_to_path(script, k, score_
     log_det = torch.linalg.slogdet(jacobian(path_and_action, noise.flatten())).logabsdet
     expected = torch.distributions.Normal(0, 1).log_prob(noise).sum() - log_det
     torch.testing.assert_close(actor.rollout(obs, noise)[1][0], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("score_step", SCORE_STEPS)
+@pytest.mark.parametrize("k", [1, 4])
+def test_log_prob_of_the_last_step_is_the_density_of_the_action_given_the_state_before(script, k, score_step):
+    """The action is a function of the last noise alone if the noise before it, and so A_{K-1}, is held."""
+    actor = make_actor(script, k, entropy="last-step", score_step=score_step)
+    obs, noise = torch.randn(1, 5).double(), torch.randn(k + 1, 1, 3).double()
+
+    def action_of(last):
+        return actor.rollout(obs, torch.cat([noise[:-1], last.view(1, 1, 3)]))[0].flatten()
+
+    log_det = torch.linalg.slogdet(jacobian(action_of, noise[-1].flatten())).logabsdet
+    expected = torch.distributions.Normal(0, 1).log_prob(noise[-1]).sum() - log_det
+    torch.testing.assert_close(actor.rollout(obs, noise)[1][0], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_shapes_and_bounds(script):
@@ -246,11 +262,12 @@ def test_the_scores_factors_multiply_to_their_closed_form(script, k, sigma):
         assert abs(expected) > 10
 
 
+@pytest.mark.parametrize("entropy", ["last-step", "path"])
 @pytest.mark.parametrize("score_step", ["exponential", "euler"])
-def test_largest_entropy_is_that_of_the_largest_sigma(script, score_step):
-    """-log p_c on average with sigma at e^2, the slope of the squash taken out but for the bounds' scale."""
+def test_largest_entropy_is_that_of_the_largest_sigma(script, score_step, entropy):
+    """-log_prob on average with sigma at e^2, the slope of the squash taken out but for the bounds' scale."""
     k = 4
-    actor = script.Actor(5, LOW, HIGH, flow_steps=k, score_step=score_step)
+    actor = script.Actor(5, LOW, HIGH, flow_steps=k, score_step=score_step, entropy=entropy)
     nn.init.zeros_(actor.sigma_net[-1].weight)
     nn.init.constant_(actor.sigma_net[-1].bias, 100.0)
     noise = torch.randn(k + 1, 4000, 3)
@@ -376,7 +393,7 @@ def test_gaussian_density_is_that_of_torch_distributions():
     ]
     expected = torch.distributions.TransformedDistribution(gaussian, squash).log_prob(action).sum(1)
     torch.testing.assert_close(log_prob, expected)
-    assert [a.shape for a in path] == [(6, 3)] and actor.target_entropy == -3
+    assert [a.shape for a in path] == [(6, 3)] and actor.target_entropy == pytest.approx(-3 + math.log(0.4 * 2 * 2.5))
     assert actor.largest_entropy() == pytest.approx(math.log(0.8 * 4 * 5))
     mode = actor.act(obs, deterministic=True)
     torch.testing.assert_close(mode, torch.tanh(mean) * actor.scale + actor.bias)
@@ -385,8 +402,8 @@ def test_gaussian_density_is_that_of_torch_distributions():
 @pytest.mark.parametrize("k", [1, 4, 16])
 @pytest.mark.parametrize("score_step", SCORE_STEPS)
 def test_default_target_entropy_is_that_of_one_sigma_whatever_k_is(script, k, score_step):
-    """sigma 0.46 meets it, but for what the squash takes away."""
-    actor = hold_sigma(script.Actor(5, LOW, HIGH, flow_steps=k, score_step=score_step), 0.46)
+    """sigma 0.46 meets that of the path, but for what the squash takes away."""
+    actor = hold_sigma(script.Actor(5, LOW, HIGH, flow_steps=k, score_step=score_step, entropy="path"), 0.46)
     noise = actor.noise(4000)
     _, log_prob, path = actor.rollout(torch.randn(4000, 5), noise)
     squash = 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1])).sum(1)

@@ -172,7 +172,7 @@ class Sigma(Stepwise, naive.Actor):
         self.norm = renorm(sum({"s": obs_dim, "A": self.action_dim, "t": 1}[name] for name in self.under))
         self.velocity_net = self.network(obs_dim, dim)
         # The same in every variant: near 0 for K = 4, as theirs.
-        plain = naive.Actor(obs_dim, action_low, action_high, flow_steps=self.flow_steps)
+        plain = naive.Actor(obs_dim, action_low, action_high, flow_steps=self.flow_steps, entropy="path")
         self.target_entropy = plain.target_entropy
 
     def network(self, obs_dim: int, dim: int) -> nn.Module:
@@ -287,6 +287,8 @@ VARIANTS = {
 class Args(naive.Args):
     """Flags of the command line: those of sac_flow_naive.py and two."""
 
+    entropy: Literal["path"] = "path"
+    """whose entropy counts: that of the whole path, as in the paper"""
     variant: Literal[tuple(VARIANTS)] = "plain"
     """what is trained: see above"""
     norms_every: int = 1_000
@@ -328,7 +330,7 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> naive.Actor
     dim = args.velocity_dim // 2 if args.variant.startswith("flow-g") else args.velocity_dim
     return VARIANTS[args.variant](
         obs_dim, action_low, action_high, flow_steps=args.flow_steps, score_step=args.score_step,
-        sigma_dim=args.sigma_dim, encoder_dim=args.encoder_dim, renorm=naive.renorm_of(args), dim=dim,
+        entropy="path", sigma_dim=args.sigma_dim, encoder_dim=args.encoder_dim, renorm=naive.renorm_of(args), dim=dim,
     )  # fmt: skip
 
 

@@ -151,7 +151,6 @@ class Actor(nn.Module):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.obs_dim = obs_dim
         self.action_dim = len(low)
-        self.target_entropy = -float(self.action_dim)  # what SAC made customary
         self.norm = renorm(obs_dim)
         self.net = nn.Sequential(
             nn.Linear(obs_dim, dim), nn.ReLU(),
@@ -160,6 +159,8 @@ class Actor(nn.Module):
         )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
+        # SAC's custom is -1 for each dimension of actions in [-1, 1].
+        self.target_entropy = float((self.scale.log() - 1).sum())
 
     def rollout(self, obs, noise):
         """Sample actions and their density.
