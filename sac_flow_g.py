@@ -121,11 +121,11 @@ class Args:
     actor_average: float = 0.995
     """decay per actor update of the averaged weights, which are evaluated and make policy.pt; 0: the last weights"""
     autotune: bool = True
-    """learn alpha such that the entropy of the path meets --target-entropy"""
+    """learn alpha such that the policy's entropy meets --target-entropy"""
     alpha: float = 0.02
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: Optional[float] = None
-    """target of the policy's entropy in nats, all dimensions (and a flow's steps) together; default: see the actor's"""
+    """target of the policy's entropy in nats, of all dimensions together; default: see the actor's"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
@@ -379,7 +379,7 @@ class Critic(nn.Module):
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
-    """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log p_c(path')).
+    """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log p(a')).
 
     `targets` are the target networks, or None for CrossQ: then Q(s, a) and Q(s', a') come from one forward of both
     halves, so that BatchRenorm sees the mixture of both distributions. Returns the loss and mean Q.
@@ -400,14 +400,14 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
 
 
 def actor_loss(actor, critics, obs, noise, alpha):
-    """mean(alpha log p_c - min_j Q_j(s, a)), its gradient through all K steps. Returns it, mean log p_c, A_0 to A_K."""
+    """mean(alpha log p(a) - min_j Q_j(s, a)), its gradient through all K steps. Returns it, mean log p, A_0 to A_K."""
     action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
     return (alpha * log_prob - q).mean(), log_prob.mean(), *path
 
 
 def alpha_loss(log_alpha, log_prob, target_entropy):
-    """alpha * (entropy - target): alpha falls while the paths' entropy, mean -log p_c, exceeds its target."""
+    """alpha * (entropy - target): alpha falls while the entropy, mean -log p, exceeds its target."""
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 
