@@ -127,7 +127,7 @@ class Loss(nn.Module):
         kind = "plain" if policy == "clipped" else policy
         self.script = importlib.import_module(SCRIPTS[kind])
         torch.manual_seed(seed)
-        flow = {} if policy == "gaussian" else dict(flow_steps=k)
+        flow = {} if policy == "gaussian" else dict(flow_steps=k, entropy="path")
         self.actor = self.script.Actor(1, [-1.0], [1.0], **SIZES[kind], **flow)
         self.critics = nn.ModuleList([reward])
         self.clipped = policy == "clipped"
