@@ -140,10 +140,14 @@ class Args:
     # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
     """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
+    # Near 60 000 steps the path's entropy gave 806 on Ant-v4 and the last step's 2 389 (one seed), 7 376 and 6 231
+    # against 6 626 and 7 116 on HalfCheetah-v4. On Hopper-v4 the last step's learns later: 3 108 at step 50 000.
     entropy: Literal["last-step", "path"] = "last-step"
     """whose entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper"""
     sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
+    # On HalfCheetah-v4 at 60 000 steps Flow-G returned 7 376 and 6 231 with it, 5 932 and 5 555 without (two seeds,
+    # entropy of the path), for a fifth more time a step.
     encoder_dim: int = 256
     """width of the layer between the observation and the velocity network; 0: none"""
     velocity_dim: int = 64
