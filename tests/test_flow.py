@@ -449,3 +449,23 @@ def test_export_with_a_dynamic_batch(name):
     for size in (1, 7):
         obs = torch.randn(size, 11)
         torch.testing.assert_close(exported(obs), actor.act(obs, deterministic=True))
+
+
+# --- from the flags ---
+
+
+def test_flags_reach_the_actor(script):
+    args = script.Args(flow_steps=3, score_step="none", entropy="path", sigma_dim=8, encoder_dim=24)
+    actor = script.make_actor(args, 5, LOW, HIGH)
+    assert (actor.flow_steps, actor.score_step, actor.entropy) == (3, "none", "path")
+    assert actor.sigma_net[0].out_features == 8 and actor.encoder[0].out_features == 24
+    without = script.make_actor(script.Args(encoder_dim=0), 5, LOW, HIGH)
+    assert without.velocity_net.from_obs.in_features == 5 and not list(without.encoder.parameters())
+    assert without.act(torch.randn(5)).shape == (3,)
+    assert without.target_entropy == pytest.approx(-3 + math.log(0.4 * 2 * 2.5))  # -1 for each, in units of its range
+
+
+@pytest.mark.parametrize("wrong", [dict(score_step="eulr"), dict(entropy="action")])
+def test_words_the_actor_does_not_know_are_refused(script, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        script.Actor(5, LOW, HIGH, **wrong)
