@@ -112,6 +112,13 @@ def test_bootstrap_is_stratified_and_repeats():
     assert again[0][1]["a"].tolist() == again[1][1]["a"].tolist()
 
 
+def test_bootstrap_intervals_are_of_95_percent():
+    """Of four seeds 0, 0, 0, 1 the resampled sum is binomial: at most 2 in 94.9 % of the draws, at most 3 in 99.6 %."""
+    mean = lambda matrix: np.array([matrix.mean()])  # noqa: E731
+    _, ends = plot.bootstrap({"a": np.array([[0.0], [0.0], [0.0], [1.0]])}, mean, reps=5000)
+    assert ends["a"][:, 0].tolist() == [0, 0.75]
+
+
 def test_profile(drawn):
     """Scores 0.2, 0.4, 0.4, 0.8: the share above 0.1, 0.3, 0.5 and 0.9."""
     runs = [records.Run(Path(), "E", "Flow-G", [], i, *2 * [np.array([1.0])]) for i in range(4)]
@@ -158,6 +165,13 @@ def test_adastop_by_hand(a, b, expected_rank, word):
     """
     assert rank(a, b) == expected_rank
     assert plot.adastop({"a": np.array(a), "b": np.array(b)}) == {("a", "b"): word}
+
+
+def test_adastop_looks_at_the_first_seeds_first():
+    """Five seeds decide; what the next five would say is not looked at."""
+    better, worse = [10.0, 11.0, 12.0, 13.0, 14.0], [0.0, 1.0, 2.0, 3.0, 4.0]
+    scores = {"a": np.array(better + worse), "b": np.array(worse + better)}
+    assert plot.adastop(scores) == {("a", "b"): ">"}
 
 
 def test_adastop_needs_seeds_and_ends():
