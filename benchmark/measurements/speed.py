@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 ROOT = Path(__file__).parents[2]
-PAPER = "--critic-dim 1024 --sigma-dim 512 --batch-size 512"
+PAPER = "--critic-dim 1024 --sigma-dim 512 --encoder-dim 0 --batch-size 512"
 SUITES = {
     "baseline": {"default": ""},
     "default": {"default": "", "--no-compile": "--no-compile", "--no-crossq": "--no-crossq"},
