@@ -352,7 +352,7 @@ class Actor(nn.Module):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
-        self.entropy = "path"
+        self.entropy = "path"  # the last step's, which the other scripts take, has not been measured here
         self.obs_dim = obs_dim
         self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
