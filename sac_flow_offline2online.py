@@ -519,7 +519,7 @@ def offline_actor_loss(actor, critics, batch, noise, alpha, beta, x0, t):
 
 
 def alpha_loss(log_alpha, log_prob, target_entropy):
-    """alpha * (entropy - target): alpha falls while the entropy, mean -log p, exceeds its target."""
+    """alpha * (entropy - target): alpha falls while the entropy, mean -log_prob, exceeds its target."""
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 

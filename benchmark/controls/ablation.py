@@ -3,13 +3,13 @@
 The authors' naive control differs from their Flow-G in more than the gate. Each variant adds one of the differences to
 the one before it, or takes one away, so that a run shows which of them makes gradients grow or returns collapse:
 
-    plain            sac_flow_naive.py
+    plain            sac_flow_naive.py with --entropy path, as all below
     sigma            + sigma(s, A, t) from the velocity's hidden layer; noise without sqrt(dt), and no score
     renorm           + BatchRenorm over (s, A) in place of s
     time             + BatchRenorm over (s, A, t): the number t in place of its sines and cosines beside
-    authors          + their widths and initialisation, ReLU 2 x 512 with LeCun's: their naive control
+    authors          + their network, ReLU 2 x 512 with LeCun's initialisation and no encoder: their naive control
     authors-no-time  authors, the number t beside their BatchRenorm
-    flow-g           sac_flow_g.py
+    flow-g           sac_flow_g.py with --entropy path
     flow-g-time      flow-g with BatchRenorm over (s, t): the number t in place of its sines and cosines beside
     clipped          plain, the same forward pass, and a backward pass in which no |dL/dA_i| exceeds |dL/dA_{i+1}|
     authors-clipped  authors with that backward pass
@@ -17,8 +17,9 @@ the one before it, or takes one away, so that a run shows which of them makes gr
     python benchmark/controls/ablation.py --variant renorm --env-id Ant-v4
 
 Flags, files, --resume and --evaluate are those of sac_flow_naive.py, whose main() trains. --velocity-dim is the width
-of every hidden layer, in Flow-G of gate and candidate together. A run also leaves norms.csv: the mean of |dL/dA_i| over
-a batch, normalised by the batch, as the actor's update sees it, and by the running statistics, as the acting policy is.
+of the velocity's hidden layers, in Flow-G of gate and candidate together. A run also leaves norms.csv: the mean of
+|dL/dA_i| over a batch, normalised by the batch, as the actor's update sees it, and by the running statistics, as the
+acting policy is.
 """
 
 import copy
@@ -204,7 +205,7 @@ class Time(Renorm):
 
     def network(self, obs_dim: int, dim: int) -> nn.Module:
         network = super().network(obs_dim, dim)
-        network.from_time = number(obs_dim + self.action_dim + 1, dim)
+        network.from_time = number(network.from_obs.in_features + self.action_dim + 1, dim)
         return network
 
 
@@ -262,7 +263,7 @@ class FlowGTime(Stepwise, flow_g.Actor):
     ):  # fmt: skip
         super().__init__(obs_dim, action_low, action_high, dim=dim, **sizes)
         self.norm = renorm(obs_dim + 1)
-        self.velocity_net.from_time = number(obs_dim + self.action_dim + 1, 2 * dim)
+        self.velocity_net.from_time = number(self.velocity_net.from_obs.in_features + self.action_dim + 1, 2 * dim)
 
     def velocity_and_sigma(self, t, a, shared):
         obs, a, t = self.inputs(t, a, shared)

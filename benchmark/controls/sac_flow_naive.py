@@ -140,14 +140,15 @@ class Args:
     # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
     """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
-    # Near 60 000 steps the path's entropy gave 806 on Ant-v4 and the last step's 2 389 (one seed), 7 376 and 6 231
-    # against 6 626 and 7 116 on HalfCheetah-v4. On Hopper-v4 the last step's learns later: 3 108 at step 50 000.
+    # Frozen averages near 60 000 steps, path against last step: Ant-v4 806 and 2 371 (one seed), HalfCheetah-v4 7 376
+    # and 6 231 against 6 626 and 7 116. Hopper-v4 learns later with the last step's: 1 616 and 483 at step 36 000 (one
+    # seed); seed 4, which had no part in the choice, reached 3 108 at step 50 000.
     entropy: Literal["last-step", "path"] = "last-step"
     """whose entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper"""
     sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
     # On HalfCheetah-v4 at 60 000 steps Flow-G returned 7 376 and 6 231 with it, 5 932 and 5 555 without (two seeds,
-    # entropy of the path), for a fifth more time a step.
+    # entropy of the path), for a quarter more time a step.
     encoder_dim: int = 256
     """width of the layer between the observation and the velocity network; 0: none"""
     velocity_dim: int = 512
@@ -226,9 +227,11 @@ class Actor(nn.Module):
         )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # SAC's custom is -1 for each dimension of actions in [-1, 1]. For the path the paper's target, 0 whatever K is,
-        # asks for a sigma of 0.46 at K = 4, but of 1.4 at K = 16. There Flow-G on Ant-v4 returned 330 and 82 after
-        # 30 000 steps, and 559 and 598 with 0.46 (frozen averages, two seeds).
+        # SAC's custom is -1 for each dimension of actions in [-1, 1]. The last step's deviation is at most 1 / sqrt(K):
+        # that asks for a sigma of 0.36 at K = 4, of 1.5 at K = 16, and cannot be met from K = 69 on (before the squash,
+        # with the exponential step). For the path the paper's target, 0 whatever K is, asks for 0.46 at K = 4, but 1.4
+        # at K = 16. There Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with 0.46 (frozen
+        # averages, two seeds).
         customary = float((self.scale.log() - 1).sum())
         self.target_entropy = customary if entropy == "last-step" else self.largest_entropy(sigma=0.46)
 
@@ -255,7 +258,7 @@ class Actor(nn.Module):
         return a + dt * v, sigma * math.sqrt(dt)
 
     def rollout(self, obs, noise):
-        """Sample actions and the density of their paths.
+        """Sample actions, and the log density that the entropy counts.
 
         A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
         log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, V_i I) - sum_d log |d action_d / d A_{K,d}|.
@@ -377,7 +380,7 @@ class Critic(nn.Module):
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
-    """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log p(a')).
+    """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log_prob').
 
     `targets` are the target networks, or None for CrossQ: then Q(s, a) and Q(s', a') come from one forward of both
     halves, so that BatchRenorm sees the mixture of both distributions. Returns the loss and mean Q.
@@ -398,14 +401,14 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
 
 
 def actor_loss(actor, critics, obs, noise, alpha):
-    """mean(alpha log p(a) - min_j Q_j(s, a)), its gradient through all K steps. Returns it, mean log p, A_0 to A_K."""
+    """mean(alpha log_prob - min_j Q_j(s, a)), gradient through all K steps. Returns it, mean log_prob, A_0 to A_K."""
     action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
     return (alpha * log_prob - q).mean(), log_prob.mean(), *path
 
 
 def alpha_loss(log_alpha, log_prob, target_entropy):
-    """alpha * (entropy - target): alpha falls while the entropy, mean -log p, exceeds its target."""
+    """alpha * (entropy - target): alpha falls while the entropy, mean -log_prob, exceeds its target."""
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 

@@ -268,7 +268,7 @@ class Critic(nn.Module):
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
-    """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log p(a')).
+    """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log_prob').
 
     `targets` are the target networks, or None for CrossQ: then Q(s, a) and Q(s', a') come from one forward of both
     halves, so that BatchRenorm sees the mixture of both distributions. Returns the loss and mean Q.
@@ -289,14 +289,14 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
 
 
 def actor_loss(actor, critics, obs, noise, alpha):
-    """mean(alpha log p(a) - min_j Q_j(s, a)), its gradient through all K steps. Returns it, mean log p, A_0 to A_K."""
+    """mean(alpha log_prob - min_j Q_j(s, a)), gradient through all K steps. Returns it, mean log_prob, A_0 to A_K."""
     action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
     return (alpha * log_prob - q).mean(), log_prob.mean(), *path
 
 
 def alpha_loss(log_alpha, log_prob, target_entropy):
-    """alpha * (entropy - target): alpha falls while the entropy, mean -log p, exceeds its target."""
+    """alpha * (entropy - target): alpha falls while the entropy, mean -log_prob, exceeds its target."""
     return log_alpha.exp() * (-log_prob - target_entropy)
 
 

@@ -1,8 +1,8 @@
 """The causal test: every velocity against one frozen critic, so that nothing but the velocity can differ.
 
 Takes the critics, observations and alpha of one run's checkpoint and trains a new actor of each velocity on them, from
-the same sigma network, with the same batches, noise and optimizer. Records the actor's loss, the growth of the
-gradient over the rollout |dL/dA_0| / |dL/dA_K|, and the norm of the gradient of all parameters; for several K, with
+the same encoder and sigma network, with the same batches, noise and optimizer. Records the actor's loss, the growth of
+the gradient over the rollout |dL/dA_0| / |dL/dA_K|, and the norm of the gradient of all parameters; for several K, with
 the velocity's weight matrices scaled at the start so that dv/dA is large, and with the score and without.
 
     python benchmark/measurements/frozen_critic.py --run runs/<name> --out benchmark/results/gradients
@@ -50,7 +50,7 @@ def train(script, old_actor, critics, all_obs, alpha, k, scale, score_step, seed
     """Rows (update, loss, growth, gradient) of one new actor against the frozen critics."""
     torch.manual_seed(seed)
     low, high = old_actor.bias - old_actor.scale, old_actor.bias + old_actor.scale
-    sizes = dict(flow_steps=k, score_step=score_step, renorm=script.BatchRenorm)
+    sizes = dict(flow_steps=k, score_step=score_step, entropy=old_actor.entropy, renorm=script.BatchRenorm)
     actor = script.Actor(all_obs.shape[1], low, high, **sizes)
     torch.manual_seed(seed)  # velocities draw differently: the rest of the actor and all batches are to be the same
     for layer in actor.sigma_net[::2]:

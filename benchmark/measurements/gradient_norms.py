@@ -3,8 +3,9 @@
 For every velocity (plain, Flow-G, Flow-T) and rollout length K: the norm of dL/dA_i at each step of the rollout, and
 the largest singular values of the noise-free steps' Jacobians I + dt dv/dA_i and of their product, the linear map that
 carries the gradient from A_K back to A_0 where there is no score. At initialisation L = u . A_K with a random unit
-vector u; `--weight-scales` multiplies the velocity's weight matrices, as training may do. With `--runs`, also: the
-norms that training logged, and the Jacobians at each run's checkpoint, on observations of its replay buffer.
+vector u, without the encoder; `--weight-scales` multiplies the velocity's weight matrices, as training may do. With
+`--runs`, also: the norms that training logged, and the Jacobians at each run's checkpoint, on observations of its
+replay buffer.
 
     python benchmark/measurements/gradient_norms.py --out benchmark/results/gradients
     python benchmark/measurements/gradient_norms.py --runs runs/Hopper-v4__* --out benchmark/results/gradients

@@ -31,7 +31,7 @@ SUITES = {
     "paper": {"paper's sizes": PAPER},
     "growth": {
         **{f"K = {k}": f"--flow-steps {k}" for k in (1, 2, 8, 16)},
-        **{f"width {w}": f"--critic-dim {w} --sigma-dim {w}" for w in (512, 1024)},
+        **{f"width {w}": f"--critic-dim {w} --sigma-dim {w} --encoder-dim {w}" for w in (512, 1024)},
         "Humanoid-v4": "--env-id Humanoid-v4",
     },
 }
