@@ -153,9 +153,10 @@ def at_initialisation(args: Args):
 
 
 def described(run: Path) -> dict:
-    """Script, environment, K and seed of a run; stops the program if the folder is none of ours."""
+    """Script, environment, K and seed of a run or a policy file; stops the program if it is none of ours."""
     with explained(f"{run} is not the folder of a run that has saved its policy.pt, such as runs/<name>"):
-        state = torch.load(run / "policy.pt", map_location="cpu", weights_only=True)
+        file = run if run.suffix == ".pt" else run / "policy.pt"
+        state = torch.load(file, map_location="cpu", weights_only=True)
         name = state["script"]
         args = state["args"]
     if name not in NAMES:
