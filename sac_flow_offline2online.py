@@ -1,8 +1,9 @@
 """SAC Flow offline-to-online: clone a flow policy from manipulation data, then improve it online with SAC.
 
-The policy makes a chunk of h actions by K Euler steps of a velocity network. Offline it is fitted to the data by flow
-matching, while critics learn from the same data; online the chunks are executed, and the critics' gradient runs back
-through the policy's own sampling loop; a gate (Flow-G) or a decoder (Flow-T) as velocity is to tame it.
+The policy makes a chunk of h actions by K Euler steps of a velocity network. Offline, flow matching fits it to the
+data, while critics, SAC's loss and a BC term train on the same data; online the chunks are executed, and all but flow
+matching goes on. In both phases the critics' gradient runs back through the policy's own sampling loop, which a gate
+(Flow-G) or a decoder (Flow-T) as its velocity is meant to keep stable.
 Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments name.
 
     pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt
@@ -12,7 +13,7 @@ Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the eq
 Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-video.
 """
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.13"
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium[mujoco]==1.4.0",
@@ -20,7 +21,6 @@ Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-vi
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
 #     "tqdm==4.70.1",
-#     "numpy>=1.26,<3",
 #     "ogbench==1.2.2",
 #     "robosuite==1.5.2",
 #     "dm_control==1.0.41",
@@ -88,15 +88,16 @@ class Args:
     (cube-single-play-singletask-task1-v0), the id of a Minari data set (mujoco/hopper/medium-v0), or with --dataset any
     gymnasium id (my_package:MyEnv-v0)"""
     env_kwargs: Optional[str] = None
-    """arguments of the environment as JSON, such as '{"max_episode_steps": 200}'; robosuite: beside the data's own"""
+    """arguments of the environment as JSON, such as '{"max_episode_steps": 200}'; they override those in a robomimic
+    file"""
     dataset: Optional[str] = None
     """file with the data (robomimic's .hdf5, OGBench's .npz; for a gymnasium id .npz or .hdf5 with D4RL's keys), a
-    folder of .npz files that are used in turn, that of a LeRobot data set (version 3), or the root folder of Minari
-    data sets; default: where the packages keep what they download, then data/"""
+    folder of .npz files that are used in turn, the folder of a LeRobot data set (version 3), or the root folder of
+    Minari data sets; default: where the packages keep what they download, then data/"""
     obs_keys: tuple[str, ...] = ()
     """parts of the observation, in order; default: the usual four of robomimic, observation.state of LeRobot"""
     collect: Optional[int] = None
-    """episodes to collect with scripted experts if the data cannot be had; default 100 for robosuite, else 0"""
+    """episodes to collect with scripted experts if there is no data; default: 100 for lift, can and square, else 0"""
     seed: int = 1
     """seed of every random generator"""
     offline_steps: int = 5_000
@@ -126,20 +127,21 @@ class Args:
 
     # Data and critics
     chunk: int = 5
-    """h, actions that the policy chooses at once and executes one after the other; 1 is ordinary SAC Flow"""
+    """h, actions that the policy chooses at once and executes one after the other; 1: no chunks"""
     buffer_size: int = 2_000_000
-    """transitions that the replay buffer holds at most, the data included; a run takes memory for its own alone"""
+    """transitions that the replay buffer holds at most, the data included; memory is taken for those a run can fill"""
     online_fraction: Optional[float] = None
     """share of each online batch that is drawn from online experience, the rest from the data; default: uniform"""
     normalize_observations: bool = False
-    """standardise observations by the data's mean and deviation, in actor and critics"""
+    """standardise observations by the data's mean and deviation (a folder's: by those of its first file)"""
     rescale_actions: bool = False
-    """the data's actions are in units of their own: their smallest and largest values become the policy's bounds, and
-    the environment's where it has finite ones"""
+    """the data's actions are in a unit of their own: the smallest and largest of each become the policy's bounds, and
+    are played as the environment's where it has finite ones. Right only if the data reach both"""
     rotate_every: int = 1_000
-    """offline steps on each file of a --dataset folder"""
+    """offline steps on each file of a --dataset folder; the last one used stays in the buffer for the online phase"""
     sparse: Optional[bool] = None
-    """reward -1 until all is done in place of OGBench's count of what is not; default: on for scene and puzzle-3x3"""
+    """reward -1 until all is done, in place of minus OGBench's count of what is not yet done; default: on for scene and
+    puzzle-3x3"""
     batch_size: int = 256
     """chunks per update"""
     utd: int = 1
@@ -161,19 +163,21 @@ class Args:
     actor_lr: float = 3e-4
     """learning rate of the actor"""
     beta: Optional[float] = None
-    """offline weight of |a_theta - a_data|^2; default: the paper's for the task, 100 where it has none"""
+    """offline weight of the mean square of a_theta - a_data, in units of the bounds; default: the paper's for the task,
+    100 where it has none"""
     online_beta: Optional[float] = None
-    """the same online"""
+    """the same online, where a_data is what the batch holds: of the data or of the policy's own experience"""
     # Measured on lift, Flow-G, 2 500 updates offline and 5 000 steps online, seeds 1 to 3, 50 episodes each, success
     # after the first and after both: learned sigma and alpha 0.82 and 0.79, sigma 0.1 and no entropy 0.55 and 0.68.
     alpha: float = 0.1
     """entropy coefficient: its start, or its value with --no-autotune"""
     autotune: bool = True
-    """learn alpha such that the entropy of the path meets --target-entropy; takes a learned sigma"""
+    """learn alpha such that the entropy of the path meets --target-entropy; needs a learned sigma"""
     alpha_lr: float = 3e-4
     """learning rate of the entropy coefficient"""
     target_entropy: Optional[float] = None
-    """target of the path's entropy in nats, all dimensions and steps together; default: what --sigma gives"""
+    """target of the path's entropy in nats, all dimensions and steps together; default: what --sigma gives before the
+    squash"""
 
     # Flow policy
     velocity: Literal["gated", "decoded", "plain"] = "gated"
@@ -185,7 +189,7 @@ class Args:
     sigma: float = 0.1
     """noise scale of the rollout at the start, or always with --no-learn-sigma; one for every loss, phase and action"""
     learn_sigma: bool = True
-    """learn sigma from the observation; --no-learn-sigma takes --no-autotune"""
+    """learn sigma from the observation; --no-learn-sigma needs --no-autotune"""
     sigma_dim: int = 128
     """width of the two hidden layers of the network for a learned sigma"""
     velocity_dim: int = 128
@@ -339,7 +343,7 @@ class Actor(nn.Module):
 
     Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
     bounds, `velocity` a factory (obs_dim, h D) -> module. Below D stands for h D.
-    `sigma` is fixed, or with `learn_sigma` the one near which a learned sigma starts.
+    `sigma` is fixed, or with `learn_sigma` the one at which a learned sigma starts.
     """
 
     def __init__(
@@ -366,7 +370,7 @@ class Actor(nn.Module):
             nn.init.constant_(self.sigma_net[-1].bias, math.atanh((self.log_sigma + 1.5) / 3.5))
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # Far below 0, the target of the from-scratch scripts, which so small a sigma could never meet.
+        # The paper's target is 0, which so small a sigma could never meet.
         self.target_entropy = self.largest_entropy(sigma)
 
     def velocity(self, t, a, obs):
@@ -434,12 +438,16 @@ class Actor(nn.Module):
             return float((normal + log_deviations[-1] + self.scale.log()).sum())
         return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
 
+    def normalized(self, action):
+        """Actions (B, D) in units of the bounds, in [-1, 1], in which critics see them and the BC term counts."""
+        return (action - self.bias) / self.scale
+
     def unsquash(self, action):
         """The A_K that `rollout` squashes to `action` (B, D), up to 0.5 % of the half range short of its bounds.
 
         Flow matching has to aim there, since tanh follows: aimed at the action itself, it would clone tanh(action).
         """
-        return torch.atanh(((action - self.bias) / self.scale).clamp(-0.995, 0.995))
+        return torch.atanh(self.normalized(action).clamp(-0.995, 0.995))
 
     def noise(self, batch: int, deterministic: bool = False):
         """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
@@ -462,7 +470,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, chunk): hidden layers with layer normalisation, which keeps Q bounded off the data."""
+    """Q(s, chunk), the chunk in [-1, 1]: hidden layers with layer normalisation, which keeps Q bounded off the data."""
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int, layers: int):
         super().__init__()
@@ -482,16 +490,19 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
     obs, action, _, reward, terminated, valid, next_obs = batch
     with torch.no_grad():
         next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
+        next_action = actor.normalized(next_action)
         next_q = torch.stack([target(next_obs, next_action) for target in targets]).mean(0)
         y = reward + discount * (1 - terminated) * (next_q - alpha * next_log_prob)
+    action = actor.normalized(action)
     q = torch.stack([critic(obs, action) for critic in critics])  # (2, B)
     return 0.5 * (valid * (q - y).square()).mean(1).sum(), q.mean()
 
 
 def flow_matching_loss(actor, batch, noise, t):
-    """mean own |(x1 - x0) - v(t, (1 - t) x0 + t x1, s)|^2, x0 = noise (B, D), x1 the data's action before the squash.
+    """mean own ((x1 - x0) - v(t, (1 - t) x0 + t x1, s))^2, x0 = noise (B, D), x1 the data's action before the squash.
 
-    Flow times t (B, 1), uniform in [0, 1]; steps of a chunk beyond its episode do not count.
+    The mean is over batch and dimensions. Flow times t (B, 1), uniform in [0, 1]; steps of a chunk beyond its episode
+    do not count.
     """
     obs, action, own, *_ = batch
     x1 = actor.unsquash(action)
@@ -500,14 +511,16 @@ def flow_matching_loss(actor, batch, noise, t):
 
 
 def actor_loss(actor, critics, batch, noise, alpha, beta):
-    """mean(alpha log p_c - mean_j Q_j(s, a)) + beta mean own |a - a_data|^2, its gradient through all K steps.
+    """mean(alpha log p_c - mean_j Q_j(s, a)) + beta mean own (a - a_data)^2, its gradient through all K steps.
 
-    Returns the loss, the last term without its beta, mean log p_c, and A_0 to A_K.
+    The last mean is over batch and dimensions, a_data the action of the batch, in [-1, 1] like a. Returns the loss, the
+    last term without its beta, mean log p_c, and A_0 to A_K.
     """
     obs, data_action, own, *_ = batch
     action, log_prob, path = actor.rollout(obs, noise)
+    action = actor.normalized(action)
     q = torch.stack([critic(obs, action) for critic in critics]).mean(0)
-    bc = (own * (action - data_action).square()).mean()
+    bc = (own * (action - actor.normalized(data_action)).square()).mean()
     return (alpha * log_prob - q).mean() + beta * bc, bc, log_prob.mean(), *path
 
 
@@ -593,7 +606,7 @@ class ReplayBuffer:
         self.size.fill_(len(self))
 
     def sample(self, batch_size: int, chunk: int, gamma: float, online_fraction=None) -> list[torch.Tensor]:
-        """A batch of chunks, as `merge_chunks` returns them: uniform, or with that fraction from after the data."""
+        """A batch of chunks, as `merge_chunks` returns them: uniform, or with that fraction from online experience."""
         start = torch.randint(2**62, (batch_size, 1), device=self.rows.device)
         if online_fraction is None:
             start = start % self.size
@@ -649,11 +662,15 @@ def main() -> None:
     if checkpoint:
         about_data = checkpoint["progress"]["about_data"]
     else:
-        largest = 0
+        parts = []
         for file in reversed(files or [None]):  # all are checked before the work, the first is kept
             data = load_data(file, env, args)
-            largest = max(largest, len(data))
-        about_data = statistics_of(data, env) | {"rows": largest}
+            parts.append(data_statistics(data, env))
+        about_data = parts[-1] | dict(
+            rows=max(part["rows"] for part in parts),
+            low=np.min([part["low"] for part in parts], axis=0).tolist(),
+            high=np.max([part["high"] for part in parts], axis=0).tolist(),
+        )
 
     seed_random(args.seed)
     actor, critics, targets, buffer = make_networks(args, env, device, about_data)
@@ -773,6 +790,7 @@ def main() -> None:
                 if progress.step and progress.step % args.rotate_every == 0 and len(files) > 1:
                     data = load_data(files[progress.step // args.rotate_every % len(files)], eval_env, args)
                     buffer.refill(data, len(data))
+                    del data
                 run.count_step()
 
             if not online or progress.step - args.offline_steps > args.online_start:
@@ -881,6 +899,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
         args = read_flags(Args, __doc__, args=argv, default=saved)
         may_change = "online_steps cuda compile capture_video track save_every eval_every eval_episodes".split()
+        may_change += ["seed"] if args.evaluate else []
         for name, old in vars(saved).items():
             new = getattr(args, name)
             if new != old and name not in may_change:
@@ -890,7 +909,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     elif args.run_name and (folder := Path("runs") / args.run_name).exists():
         fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or go on with --resume {folder}")
     task = args.env_id.split("-play")[0]
-    betas = BETA.get(task, (100, 100))
+    betas = BETA.get("lift" if args.env_id.startswith("robosuite/") else task, (100, 100))
     args.beta = betas[0] if args.beta is None else args.beta
     args.online_beta = betas[1] if args.online_beta is None else args.online_beta
     args.sparse = task.startswith(("scene", "puzzle-3x3")) if args.sparse is None else args.sparse
@@ -942,19 +961,30 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     )  # fmt: skip
 
 
-def statistics_of(data: torch.Tensor, env: gym.Env) -> dict[str, list[float]]:
-    """Mean and deviation of the data's observations, low and high of its actions, as lists.
+def data_statistics(data: torch.Tensor, env: gym.Env) -> dict:
+    """Number of rows; mean and deviation of the data's observations, low and high of its actions, as lists.
 
-    What is constant has deviation 1, and bounds 1 below and above it.
+    A deviation below 1e-4 counts as that of a constant, and is set to 1.
     """
-    widths = [env.observation_space.shape[0], env.action_space.low.size]
-    obs, action, _ = data.split([*widths, data.shape[1] - sum(widths)], dim=1)
-    deviation, mean = torch.std_mean(obs, dim=0)
-    low, high = action.aminmax(dim=0)
-    constant = (low == high).float()
-    values = dict(mean=mean, deviation=torch.where(deviation > 1e-4, deviation, 1))
-    values |= dict(low=low - constant, high=high + constant)
-    return {name: value.tolist() for name, value in values.items()}
+    obs_dim = env.observation_space.shape[0]
+    deviation, mean = torch.std_mean(data[:, :obs_dim], dim=0)
+    low, high = data[:, obs_dim : obs_dim + env.action_space.low.size].aminmax(dim=0)
+    values = dict(mean=mean, deviation=torch.where(deviation > 1e-4, deviation, 1), low=low, high=high)
+    return {"rows": len(data)} | {name: value.tolist() for name, value in values.items()}
+
+
+def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The policy's bounds of actions, low and high: the environment's, or with --rescale-actions the data's."""
+    if not args.rescale_actions:
+        return env.action_space.low.ravel(), env.action_space.high.ravel()
+    low = np.array(about_data["low"])
+    high = np.array(about_data["high"])
+    print(f"--rescale-actions: the data's actions are from {low} to {high}", file=sys.stderr)
+    constant = low == high
+    if constant.any():
+        which = ", ".join(map(str, np.flatnonzero(constant)))
+        print(f"note: action {which} is always the same there: it becomes the middle of its range", file=sys.stderr)
+    return low - constant, high + constant
 
 
 def make_networks(args: Args, env: gym.Env, device: torch.device, about_data: dict):
@@ -965,8 +995,7 @@ def make_networks(args: Args, env: gym.Env, device: torch.device, about_data: di
     """
     obs_dim = env.observation_space.shape[0]
     action_dim = env.action_space.low.size
-    low = about_data["low"] if args.rescale_actions else env.action_space.low.ravel()
-    high = about_data["high"] if args.rescale_actions else env.action_space.high.ravel()
+    low, high = bounds_of(args, env, about_data)
     rows = about_data["rows"] + args.online_steps + args.chunk  # the newest chunks run on into zeros
     if args.online_fraction is not None and rows > args.buffer_size:
         fail(f"--online-fraction tells data from experience by their place: --buffer-size must be at least {rows}")
@@ -998,7 +1027,7 @@ class Progress:
     """How far a run has come. Its checkpoint holds this."""
 
     step: int = 0
-    """environment steps"""
+    """offline updates and environment steps, together"""
     updates: int = 0
     """updates of the critics"""
     seconds: float = 0.0
@@ -1006,7 +1035,7 @@ class Progress:
     files: list = field(default_factory=list)
     """the files that hold the data"""
     about_data: dict = field(default_factory=dict)
-    """the `statistics_of` the first of them, and the rows of the largest"""
+    """the `data_statistics` of the first of them; rows of the largest, bounds of actions over all"""
     rows: dict = field(
         default_factory=lambda: {
             "returns.csv": [["step", "return", "length", "success", "seconds"]],
@@ -1159,7 +1188,7 @@ class Run:
             print(f"step {step} of {self.total}: {line}", file=sys.stderr, flush=True)
 
     def count_step(self) -> None:
-        """Note a step of the environment."""
+        """Note a step."""
         self.progress.step += 1
         self.bar.update()
 
@@ -1389,15 +1418,16 @@ def lock(file) -> None:
 
 
 def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
-    """The package that reads the data: robosuite, ogbench, minari; for data of one's own gymnasium, of LeRobot pyarrow.
+    """The package that reads the data: robosuite, ogbench, minari; gymnasium for your own files, pyarrow for LeRobot.
 
     Stops the program if it is not installed.
     """
     package = "minari"
     if dataset:
         path = Path(dataset).expanduser()
-        own = path.suffix in (".npz", ".hdf5") or any(path.glob("*.npz"))
-        package = "gymnasium" if own else "pyarrow" if is_lerobot(path) else "minari"
+        own = path.suffix in (".npz", ".hdf5", ".h5") or any(path.glob("*.npz"))
+        own = own or ":" in env_id or env_id in gym.registry  # a run goes on where its data is no longer
+        package = "pyarrow" if is_lerobot(path) else "gymnasium" if own else "minari"
     if env_id in ROBOSUITE or env_id.startswith("robosuite/"):
         package = "robosuite"
     elif "-singletask" in env_id:
@@ -1406,7 +1436,7 @@ def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
     logging.getLogger("robosuite_logs").disabled = True  # its notes on what it lacks and we do not need
     try:
         __import__(package)
-        if not (package == "gymnasium" and dataset.endswith(".npz")):
+        if package in ("robosuite", "minari") or dataset and dataset.endswith((".hdf5", ".h5")):
             __import__("h5py")
     except ImportError as error:
         install = "pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt"
@@ -1575,11 +1605,12 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
     episodes = args.collect if args.collect is not None else 100 if args.env_id in ROBOSUITE else 0
     suffix = ".hdf5" if args.env_id in ROBOSUITE else ".npz"
     name, places = play_set(args.env_id), ", ".join(map(str, looked))
+    experts = "" if args.env_id.startswith("robosuite/") else ", or --collect 100 episodes"
     path = Path("data") / f"{name}-{episodes}{suffix}"
     if episodes and path.is_file():
         return path
     if not episodes:
-        fail(f"no data for --env-id {args.env_id} at {places}: {advice}name it by --dataset, or --collect 100 episodes")
+        fail(f"no data for --env-id {args.env_id} at {places}: {advice}name it by --dataset{experts}")
     print(f"no data at {places} or {path}: collecting {episodes} scripted episodes", file=sys.stderr)
     program = Path(__file__).parent / "benchmark" / "demonstrations" / "collect.py"
     flags = ["--env-id", name, "--episodes", str(episodes), "--seed", "1", "--out", str(path)]
@@ -1604,20 +1635,20 @@ def find_dataset(args: Args) -> list[Path]:
         if not files or not files[0].exists():
             fail(f"--dataset {path}: {'no .npz file in this folder' if path.is_dir() else 'no such file or folder'}")
         return files
+    advice = ""
     if benchmark_of(args.env_id) == "robosuite":
         folder = Path.home() / ".robomimic" / args.env_id
         published = [folder / kind / "low_dim_v15.hdf5" for kind in ("mh", "ph")]
-        found = [path for path in published if path.is_file()]
         advice = "download robomimic's low_dim_v15.hdf5 there, "
     else:
         import ogbench
 
         name = play_set(args.env_id)
-        published, advice = [Path.home() / ".ogbench" / "data" / f"{name}.npz"], ""
+        published = [Path.home() / ".ogbench" / "data" / f"{name}.npz"]
         if not published[0].is_file():
             with contextlib.suppress(OSError):  # no network, or nothing of this name
                 ogbench.utils.download_datasets([name])
-        found = [path for path in published if path.is_file()]
+    found = [path for path in published if path.is_file()]
     return found[:1] or [collect(args, published, advice)]
 
 
@@ -1657,8 +1688,9 @@ def read_robomimic(path: str, keys: tuple[str, ...]) -> dict:
             demo = file["data"][name]
             obs, next_obs = (np.concatenate([demo[kind][k][:] for k in keys], 1) for kind in ("obs", "next_obs"))
             reward = demo["rewards"][:]
-            ends = dict(terminated=reward > 0)  # `dones` is also 1 at a demonstration's end, which is no termination
-            episodes.append(dict(obs=obs, action=demo["actions"][:], reward=reward - 1, **ends, next_obs=next_obs))
+            arrays = dict(obs=obs, action=demo["actions"][:], reward=reward - 1, next_obs=next_obs)
+            arrays["terminated"] = reward > 0  # `dones` is also 1 at a demonstration's end, which is no termination
+            episodes.append(arrays)
     return joined(episodes)
 
 
@@ -1730,14 +1762,18 @@ def read_d4rl(path: str, space: gym.Space) -> dict:
 
 
 def read_lerobot(folder: Path, keys: tuple[str, ...]) -> dict:
-    """D4RL's arrays of a LeRobot data set, version 3; next.done terminates, an episode's end alone is a timeout."""
+    """D4RL's arrays of a LeRobot data set, version 3; an episode's end alone is a timeout.
+
+    What terminates is next.success if there is one, else next.done, which many data sets set at every episode's end.
+    """
     import pyarrow.dataset
 
     version = json.loads((folder / "meta" / "info.json").read_text())["codebase_version"]
     if not version.startswith("v3."):
         raise ValueError(f"LeRobot's {version}, not v3")
-    names = [*keys, "action", "next.reward", "next.done", "episode_index", "index"]  # and no images
     stored = pyarrow.dataset.dataset(folder / "data", format="parquet")
+    ends = "next.success" if "next.success" in stored.schema.names else "next.done"
+    names = [*keys, "action", "next.reward", ends, "episode_index", "index"]  # and no images
     if missing := set(names) - set(stored.schema.names):
         raise KeyError(", ".join(missing))
     table = stored.to_table(columns=names).sort_by("index")
@@ -1745,7 +1781,7 @@ def read_lerobot(folder: Path, keys: tuple[str, ...]) -> dict:
     episode = column("episode_index")[:, 0]
     return dict(
         observations=np.concatenate([column(key) for key in keys], axis=1), actions=column("action"),
-        rewards=column("next.reward"), terminals=column("next.done"), timeouts=episode != np.append(episode[1:], -1),
+        rewards=column("next.reward"), terminals=column(ends), timeouts=episode != np.append(episode[1:], -1),
     )  # fmt: skip
 
 
@@ -1773,8 +1809,8 @@ def from_d4rl(arrays: dict) -> dict:
 def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     """One data file as rows of `ReplayBuffer`, float32; stops the program if it is damaged or does not fit `env`.
 
-    terminated, a success in the manipulation tasks, ends the bootstrap; last, the end of a recorded trajectory for
-    whatever reason, does not.
+    `terminated` (in the manipulation tasks, a success) ends the bootstrap; `last` (the end of a recorded trajectory,
+    for whatever reason) does not.
     """
     package = benchmark_of(args.env_id, args.dataset)
     try:
@@ -1844,8 +1880,8 @@ def success_interval(successes: int, episodes: int) -> tuple[float, float]:
 def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     """Play episodes, reset with seed + 0, 1, ...; `act` maps obs (obs_dim,) to a chunk (h D,), both numpy.
 
-    Returns the means that SCORES names: success_rate with its 95 % interval (NaN if the task reports no success),
-    return, its standard error, and length.
+    Returns the means that SCORES names: success_rate with its 95 % interval (NaN if no episode says whether it was one;
+    else one that does not was none), return, its standard error, and length.
     """
     returns = []
     lengths = []
@@ -1861,8 +1897,9 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
         successes.append(succeeded(info))
-    rate = np.mean(successes)
-    interval = (math.nan, math.nan) if math.isnan(rate) else success_interval(int(sum(successes)), episodes)
+    known = not np.isnan(successes).all()  # some environments report nothing but successes
+    rate = np.nansum(successes) / episodes if known else math.nan
+    interval = success_interval(int(np.nansum(successes)), episodes) if known else (math.nan, math.nan)
     error = np.std(returns) / math.sqrt(episodes)
     values = [rate, *interval, np.mean(returns), error, np.mean(lengths)]
     return dict(zip(SCORES, values, strict=True))

@@ -87,6 +87,9 @@ def write_minari(root: Path, name: str, env, episodes: int) -> None:
 class FixedPolicy(nn.Module):
     """Stands for an actor: action and log_prob are functions of the observation that are known."""
 
+    def normalized(self, action):
+        return action
+
     def rollout(self, obs, noise):
         return obs[:, :1], 10 * obs[:, 0], []
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -288,16 +289,60 @@ def test_unbounded_actions_take_the_bounds_of_the_data(main, refused, tmp_path, 
     assert np.abs(rows["action"]).max() <= 0.5 + 1e-6
 
 
-def test_a_constant_action_stays_what_it_is(tmp_path):
+def test_a_constant_action_stays_what_it_is(capsys):
     args = script.Args(REACH, dataset="own.npz", rescale_actions=True, chunk=1, cuda=False)
     env = script.make_env(args)
     data = torch.zeros(10, 13)
     data[:, 4] = torch.linspace(-2, 2, 10)
     data[:, 5] = 7.0
-    about_data = script.statistics_of(data, env)
-    assert (about_data["low"], about_data["high"]) == ([-2, 6], [2, 8])
-    actor, *_ = script.make_networks(args, env, torch.device("cpu"), about_data | {"rows": 10})
+    actor, *_ = script.make_networks(args, env, torch.device("cpu"), script.data_statistics(data, env))
     torch.testing.assert_close(actor.unsquash(torch.tensor([[0.0, 7.0]])), torch.zeros(1, 2))
+    torch.testing.assert_close(actor.unsquash(torch.tensor([[1.0, 7.5]])), torch.full((1, 2), math.atanh(0.5)))
+    said = capsys.readouterr().err
+    assert "actions are from [-2.  7.] to [2. 7.]" in said and "action 1 is always the same" in said
+
+
+def test_the_unit_of_actions_changes_no_loss():
+    """Bounds and actions fifty times as large: critics see the same, and beta weighs the same."""
+
+    def losses(unit):
+        torch.manual_seed(0)
+        actor = script.Actor(3, [-unit] * 2, [unit] * 2, chunk=2, sigma_dim=8).double()
+        critics = torch.nn.ModuleList(script.Critic(3, 4, 8, 1).double() for _ in range(2))
+        obs = torch.randn(6, 3).double()
+        action = unit * (2 * torch.rand(6, 4).double() - 1)
+        own = torch.ones(6, 4).double()
+        reward, terminated, valid = torch.rand(3, 6).double()
+        batch = [obs, action, own, reward, terminated, valid, obs + 1]
+        noise = torch.randn(5, 6, 4).double()
+        q_loss, q = script.critic_loss(actor, critics, critics, batch, noise, 0.0, 0.9)
+        actor_loss, bc, *_ = script.actor_loss(actor, critics, batch, noise, 0.0, 10.0)
+        return torch.stack([q_loss, q, actor_loss, bc])
+
+    torch.testing.assert_close(losses(50.0), losses(1.0))
+
+
+def test_bounds_are_those_of_all_files_of_a_folder(main, tmp_path):
+    (tmp_path / "set").mkdir()
+    arrays = play(unit=50.0)
+    np.savez(tmp_path / "set" / "a.npz", **arrays)
+    np.savez(tmp_path / "set" / "b.npz", **(arrays | {"actions": 2 * arrays["actions"]}))
+    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", tmp_path / "set", "--rescale-actions")
+    bounds = state["actor"]["bias"] - state["actor"]["scale"], state["actor"]["bias"] + state["actor"]["scale"]
+    np.testing.assert_allclose(bounds[0][:2], 2 * arrays["actions"].min(0), rtol=1e-6)
+    np.testing.assert_allclose(bounds[1][:2], 2 * arrays["actions"].max(0), rtol=1e-6)
+
+
+def test_a_run_does_without_its_folder_of_data(main, tmp_path, capsys):
+    """Evaluated and resumed after the folder has moved."""
+    (tmp_path / "set").mkdir()
+    np.savez(tmp_path / "set" / "a.npz", **play())
+    run, _ = trained(main, tmp_path, "--env-id", REACH, "--dataset", tmp_path / "set")
+    (tmp_path / "set").rename(tmp_path / "moved")
+    main("--evaluate", run, "--seed", 7)
+    assert "stochastic: success" in capsys.readouterr().out
+    main("--resume", run, "--online-steps", 35)
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["progress"]["step"] == 55
 
 
 @pytest.mark.parametrize("env_id", [REACH, "goal_envs:Unbounded-v0"])
@@ -329,7 +374,7 @@ def test_resumed_and_evaluated_in_these_units(main, tmp_path, reach, capsys, env
 def test_the_buffer_takes_what_the_run_needs(tmp_path):
     args = script.Args(REACH, dataset="own.npz", online_steps=30, chunk=3, cuda=False)
     env = script.make_env(args)
-    about_data = script.statistics_of(torch.zeros(100, 13), env) | {"rows": 100}
+    about_data = script.data_statistics(torch.zeros(100, 13), env)
     *_, buffer = script.make_networks(args, env, torch.device("cpu"), about_data)
     assert len(buffer.rows) == 100 + 30 + 3
     args.buffer_size = 110
@@ -540,8 +585,11 @@ def test_a_loaded_policy_gives_chunks(main, tmp_path, reach):
 # --- LeRobot ---
 
 
-def write_lerobot(folder: Path, version: str = "v3.0", drop=()) -> dict:
-    """`play` as a LeRobot data set of two files, its frames out of order; returns its columns, in order."""
+def write_lerobot(folder: Path, version: str = "v3.0", drop=(), success: bool = False) -> dict:
+    """`play` as a LeRobot data set of two files, its frames out of order; returns its columns, in order.
+
+    With `success`, next.done marks the end of every episode and next.success what terminated.
+    """
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     arrays = play()
@@ -553,6 +601,8 @@ def write_lerobot(folder: Path, version: str = "v3.0", drop=()) -> dict:
         "next.done": arrays["terminals"], "episode_index": np.append(0, np.cumsum(ends)[:-1]),
         "index": np.arange(len(obs)),
     }  # fmt: skip
+    if success:
+        frames |= {"next.done": ends, "next.success": arrays["terminals"]}
     (folder / "meta").mkdir(parents=True)
     (folder / "data" / "chunk-000").mkdir(parents=True)
     (folder / "meta" / "info.json").write_text(json.dumps(dict(codebase_version=version, fps=10)))
@@ -566,11 +616,13 @@ def write_lerobot(folder: Path, version: str = "v3.0", drop=()) -> dict:
 LEROBOT_KEYS = ["--obs-keys", "observation.state", "observation.environment_state"]
 
 
-def test_lerobot_in_an_own_environment(main, tmp_path):
-    frames = write_lerobot(tmp_path / "set")
+@pytest.mark.parametrize("success", [False, True])
+def test_lerobot_in_an_own_environment(main, tmp_path, success):
+    frames = write_lerobot(tmp_path / "set", success=success)
+    terminals = frames["next.success" if success else "next.done"]
     main("--env-id", REACH, "--dataset", tmp_path / "set", *LEROBOT_KEYS, *SHORT)
     state = torch.load(the_run(tmp_path) / "checkpoint.pt", weights_only=True)
-    goes_on = np.append(frames["episode_index"][1:] == frames["episode_index"][:-1], False) | frames["next.done"]
+    goes_on = np.append(frames["episode_index"][1:] == frames["episode_index"][:-1], False) | terminals
     n = goes_on.sum()
     assert state["buffer_added"] == n + 30 and 0 < n < len(goes_on)  # without what leads to an unknown observation
     rows = columns(state["buffer"][:n], 4, 2)
@@ -578,7 +630,7 @@ def test_lerobot_in_an_own_environment(main, tmp_path):
     np.testing.assert_array_equal(rows["obs"], np.float32(obs[goes_on]))
     np.testing.assert_array_equal(rows["action"], frames["action"][goes_on])
     np.testing.assert_array_equal(rows["reward"], frames["next.reward"][goes_on])
-    np.testing.assert_array_equal(rows["terminated"], frames["next.done"][goes_on])
+    np.testing.assert_array_equal(rows["terminated"], terminals[goes_on])
     inside = (rows["last"] == 0).nonzero()[0]
     np.testing.assert_array_equal(rows["next_obs"][inside], rows["obs"][inside + 1])
     assert rows["last"].sum() == 6

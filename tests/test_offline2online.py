@@ -244,6 +244,7 @@ def test_gradient_norms_are_those_of_the_trained_loss():
     batch = [obs, data_action, torch.ones(6, 4).double()]
     norms = script.gradient_norms(actor, critics, batch, noise.clone(), 0.1, 7.0)
     action, log_prob, path = actor.rollout(obs, noise.requires_grad_())
+    action, data_action = ((part - actor.bias) / actor.scale for part in (action, data_action))
     q = (critics[0](obs, action) + critics[1](obs, action)) / 2
     own = 0.1 * log_prob - q + 7 * (action - data_action).square().mean(1)
     expected = [gradient.norm(dim=1).mean() for gradient in torch.autograd.grad(own.sum(), path)]
@@ -272,8 +273,12 @@ def test_gradients_are_those_of_the_losses_alone():
         torch.testing.assert_close(torch.cat([part.flatten() for part in found]), sum(parts))
         assert all(parameter.grad is None for part in (actor, critics, targets) for parameter in part.parameters())
 
+    def of_bounds(action):
+        return (action - actor.bias) / actor.scale
+
     action, log_prob, _ = actor.rollout(obs, noise)
-    entropy, bc = 0.1 * log_prob.mean(), 7 * (own * (action - data_action).square()).mean()
+    action = of_bounds(action)
+    entropy, bc = 0.1 * log_prob.mean(), 7 * (own * (action - of_bounds(data_action)).square()).mean()
     qs = [-critic(obs, action).mean() / 2 for critic in critics]
     check(script.actor_loss, actor, (actor, critics, batch, noise, 0.1, 7.0), entropy, bc, *qs)
     x1 = actor.unsquash(data_action)
@@ -282,9 +287,10 @@ def test_gradients_are_those_of_the_losses_alone():
     check(script.offline_actor_loss, actor, inputs, entropy, bc, *qs, matching)
 
     next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
+    next_action = of_bounds(next_action)
     next_q = (targets[0](next_obs, next_action) + targets[1](next_obs, next_action)) / 2
     y = (reward + 0.9 * (1 - terminated) * (next_q - 0.1 * next_log_prob)).detach()
-    errors = [0.5 * (valid * (critic(obs, data_action) - y).square()).mean() for critic in critics]
+    errors = [0.5 * (valid * (critic(obs, of_bounds(data_action)) - y).square()).mean() for critic in critics]
     check(script.critic_loss, critics, (actor, critics, targets, batch, noise, 0.1, 0.9), *errors)
 
 

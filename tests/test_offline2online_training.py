@@ -1,6 +1,7 @@
 """sac_flow_offline2online.py trains: what its updates are given, what they do, what is played, stored and evaluated."""
 
 import csv
+import math
 
 import gymnasium as gym
 import numpy as np
@@ -238,6 +239,16 @@ def test_evaluation_plays_whole_chunks_from_seeds_of_their_own():
     assert (scores["success_rate"], scores["return"], scores["length"]) == (0.5, 21.5, 6)  # returns 28 and 15
     assert scores["return_error"] == pytest.approx(6.5 / 2)
     assert (scores["success_low"], scores["success_high"]) == script.success_interval(2, 4)
+
+
+def test_an_episode_that_says_nothing_of_success_was_none_if_another_does(monkeypatch):
+    """Some environments have `success` in their last info only when there was one."""
+    told = iter([1.0, math.nan, math.nan, 1.0, 1.0])
+    monkeypatch.setattr(script, "succeeded", lambda info: next(told))
+    env = gym.wrappers.RecordEpisodeStatistics(tiny_envs.Recorded())
+    scores = script.evaluate(lambda obs: np.zeros(6, np.float32), env, 5, seed=11)
+    assert scores["success_rate"] == 0.6
+    assert (scores["success_low"], scores["success_high"]) == script.success_interval(3, 5)
 
 
 def test_policy_sees_the_observation_and_is_deterministic_if_asked():

@@ -610,6 +610,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
         args = read_flags(Args, __doc__, args=argv, default=saved)
         may_change = "total_timesteps cuda compile capture_video track save_every eval_every eval_episodes".split()
+        may_change += ["seed"] if args.evaluate else []
         for name, old in vars(saved).items():
             new = getattr(args, name)
             if new != old and name not in may_change:
@@ -840,7 +841,7 @@ class Run:
             print(f"step {step} of {self.total}: {line}", file=sys.stderr, flush=True)
 
     def count_step(self) -> None:
-        """Note a step of the environment."""
+        """Note a step."""
         self.progress.step += 1
         self.bar.update()
 
