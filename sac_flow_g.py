@@ -1,6 +1,6 @@
 """SAC Flow-G: soft actor-critic whose policy is a flow, trained end to end through its own sampling loop.
 
-An action is made by K Euler steps of a velocity network, and gradients of the critic run back through all of
+An action is made by K steps along a velocity network, and gradients of the critic run back through all of
 them. That loop is a residual RNN over the flow time, so its gradients can explode. Flow-G is the paper's proposed
 cure, after the GRU: the velocity is gated, so that a noise-free step mixes the old action and a candidate.
 Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments name.
@@ -77,13 +77,13 @@ class Args:
     compile: bool = True
     """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
     capture_video: bool = False
-    """write videos of some training episodes, or of those of --evaluate, to <run>/videos"""
+    """write videos of some training episodes, or of the first of each kind of --evaluate, to <run>/videos"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 50_000
     """steps between checkpoints; each is saved at the next end of an episode, and one at the end of the run"""
     eval_every: int = 10_000
-    """steps between evaluations of the averaged actor, which training does not notice; 0: none, not even at the end"""
+    """steps between evaluations of the averaged actor; they do not affect training; 0: none, not even at the end"""
     eval_episodes: int = 5
     """episodes of an evaluation"""
     run_name: Optional[str] = None
@@ -91,7 +91,8 @@ class Args:
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
-    """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt"""
+    """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt; from
+    the starts of the run's own evaluations, unless another --seed is given"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -99,13 +100,14 @@ class Args:
     batch_size: int = 256
     """transitions per update"""
     learning_starts: int = 5_000
-    """uniformly random actions before learning starts"""
+    """steps with uniformly random actions before learning starts"""
     gamma: float = 0.99
     """discount factor"""
     critic_lr: float = 1e-3
     """learning rate of the critics"""
     # actor_lr and alpha were chosen together on Hopper-v4: from the paper's alpha 0.2 the entropy term first inflates
-    # sigma (path entropy 14 for a target of 0) and Flow-G stood near 660 at step 30 000; with these, near 1 460.
+    # sigma (path entropy 14 for a target of 0) and Flow-G stood near 660 at step 30 000; with these, near 1 460 (an
+    # earlier version with Euler's step and the path's entropy, one seed; alpha_lr and sigma's bound changed, too).
     actor_lr: float = 1e-3
     """learning rate of the actor"""
     alpha_lr: float = 1e-3
@@ -125,7 +127,8 @@ class Args:
     alpha: float = 0.02
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: Optional[float] = None
-    """target of the policy's entropy in nats, of all dimensions together; default: see the actor's"""
+    """target of the policy's entropy in nats, of all dimensions together; default: -1 per dimension of actions in
+    [-1, 1], or with --entropy path what a sigma of 0.46 gives"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
@@ -135,11 +138,11 @@ class Args:
 
     # Flow policy
     flow_steps: int = 4
-    """K, Euler steps from noise to action"""
+    """K, steps from noise to action; more of them ask for a larger sigma (see `Actor`)"""
     # With a constant sigma the exponential step stood at 1 041 and 396 on Hopper-v4 after 60 000 steps, with sigma
     # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
-    """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
+    """how the score is integrated, which for the velocity of a true flow keeps the marginals; euler is the paper's"""
     # Frozen averages near 60 000 steps, path against last step: Ant-v4 806 and 2 371 (one seed), HalfCheetah-v4 7 376
     # and 6 231 against 6 626 and 7 116. Hopper-v4 learns later with the last step's: 1 616 and 483 at step 36 000 (one
     # seed); seed 4, which had no part in the choice, reached 3 108 at step 50 000.
@@ -171,8 +174,9 @@ class TimeEmbedding(nn.Module):
 class Velocity(nn.Module):
     """Flow-G: v = g * (vhat - a), gate g = sigmoid(z(t, a, s)), candidate vhat(t, a, s).
 
-    An Euler step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. Gate and candidate
-    are MLPs with one hidden layer. The gate starts at sigmoid(5) = 0.993 everywhere: the rollout starts contractive.
+    Without noise and score a step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. Gate
+    and candidate are MLPs with one hidden layer. The gate starts at sigmoid(5) = 0.993 everywhere: the rollout starts
+    contractive.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int = 256):
@@ -199,7 +203,7 @@ class Velocity(nn.Module):
 
 
 class Actor(nn.Module):
-    """Flow policy: K noisy Euler steps of a velocity network, then tanh to the action bounds.
+    """Flow policy: K noisy steps along a velocity network, then tanh to the action bounds.
 
     Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
     bounds, `renorm` is a factory dim -> module that normalises observations, `velocity` holds the sizes of `Velocity`.
@@ -237,19 +241,22 @@ class Actor(nn.Module):
         # that asks for a sigma of 0.36 at K = 4, of 1.5 at K = 16, and cannot be met from K = 69 on (before the squash,
         # with the exponential step). For the path the paper's target, 0 whatever K is, asks for 0.46 at K = 4, but 1.4
         # at K = 16. There Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with 0.46 (frozen
-        # averages, two seeds).
+        # averages, two seeds). With Euler's step sigma 0.46 has a path entropy of 1.2 per dimension: give 0 there.
         customary = float((self.scale.log() - 1).sum())
         self.target_entropy = customary if entropy == "last-step" else self.largest_entropy(sigma=0.46)
 
     def velocity(self, t, a, obs):
-        """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
+        """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D).
+
+        For tests and measurements, in evaluation mode: `rollout` encodes the observation once for all steps.
+        """
         return self.velocity_net(t, a, self.velocity_net.encode(self.encoder(self.norm(obs))))
 
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
 
-        Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
-        without noise, for the velocity of a true flow and K large. Euler's, the paper's, overshoots where sigma is
+        For the velocity of a true flow and large K, both steps with the score (t v - a) / (1 - t) of the linear path's
+        marginal leave the marginals as they are without noise. Euler's, the paper's, overshoots where sigma is
         large. The exponential one has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within the step and
         solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the derivation).
         """
@@ -267,10 +274,10 @@ class Actor(nn.Module):
         """Sample actions, and the log density that the entropy counts.
 
         A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
-        log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, V_i I) - sum_d log |d action_d / d A_{K,d}|.
+        log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log |d action_d / d A_{K,d}|.
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians. Returns action (B, D) in the environment's units,
-        log_prob (B,), and the path, the list of A_0 to A_K, (B, D) each (graph nodes if noise requires grad). log_prob
-        is log p_c if the entropy is the path's, else its last step's part, log p(action | A_{K-1}, s).
+        log_prob (B,), and the path, the list of A_0 to A_K, (B, D) each (A_0 is a graph node only if noise requires
+        grad). log_prob is log p_c if the entropy is the path's, else its last step's part, log p(action | A_{K-1}, s).
         Raises ValueError for other shapes.
         """
         expected = (self.flow_steps + 1, obs.shape[0], self.action_dim)
@@ -294,13 +301,14 @@ class Actor(nn.Module):
         return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """The entropy if sigma is that everywhere, were nothing squashed: in nats, of all dimensions together."""
+        """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is at most the uniform one's."""
         one = torch.ones_like(self.scale)
-        log_deviations = [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
+        log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
+        log_deviations += [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
         normal = 0.5 * math.log(2 * math.pi * math.e)
-        if self.entropy == "last-step":
-            return float((normal + log_deviations[-1] + self.scale.log()).sum())
-        return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
+        action = torch.minimum(normal + log_deviations.pop() + self.scale.log(), (2 * self.scale).log())
+        before = 0 if self.entropy == "last-step" else sum(normal + log_deviation for log_deviation in log_deviations)
+        return float((before + action).sum())
 
     def noise(self, batch: int, deterministic: bool = False):
         """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
@@ -311,7 +319,7 @@ class Actor(nn.Module):
     def act(self, obs, deterministic: bool = False):
         """Actions (B, D) for obs (B, obs_dim), or one, (D,), for one of (obs_dim,), never normalised by the batch.
 
-        Deterministic: the mode of the path, with all noise 0.
+        Deterministic: the mode of the path before the squash, with all noise 0.
         """
         training = self.norm.training
         self.norm.eval()
@@ -526,8 +534,10 @@ def main() -> None:
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
     losses = torch.zeros(len(LOSSES), device=device)  # the latest
-    learned = dict(actor=actor, average=average, critics=critics, **({"targets": targets} if targets else {}))
+    learned = dict(actor=actor, average=average, critics=critics)
     learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
+    if targets:
+        learned["targets"] = targets
     env.reset(seed=args.seed)
     env.action_space.seed(args.seed)
     if checkpoint:
@@ -546,8 +556,8 @@ def main() -> None:
     jit = find_compiler(device) if args.compile else unchanged
     graph = CudaGraph if args.compile and args.cuda else unchanged
     precision = matmul_precision(device)
-    choose = compiled_policy(actor, env, jit, graph)
-    choose_averaged = compiled_policy(average, env, jit, graph)
+    choose = compiled_policy(actor, jit, graph)
+    choose_averaged = compiled_policy(average, jit, graph)
     critic_gradients = jit(with_gradients(critic_loss, critics))
     actor_gradients = jit(with_gradients(actor_loss, actor))
 
@@ -567,7 +577,7 @@ def main() -> None:
         obs, *_ = buffer.sample(args.batch_size)
         noise = actor.noise(args.batch_size)
         alpha = log_alpha.detach().exp()
-        actor.norm.train()  # it normalises by running statistics, but for its own update
+        actor.norm.train()  # everywhere but in its own update it normalises by running statistics
         critics.eval()
         loss, log_prob, gradients = actor_gradients(actor, critics, obs, noise, alpha)
         actor.norm.eval()
@@ -639,10 +649,11 @@ def main() -> None:
                     break
         if progress.step == args.total_timesteps:
             save()
-            if args.eval_every:  # a run that is extended goes on from before this
+            if args.eval_every:
                 if progress.step % args.eval_every:
                     score("deterministic")
                 score("stochastic")
+                save()  # with these evaluations
     run.say_where()
 
 
@@ -722,10 +733,13 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
         path = Path(folder)
+        if args.resume and path.suffix == ".pt":
+            fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         name, key = ("checkpoint.pt", "progress") if args.resume else ("policy.pt", "obs_dim")
         checkpoint = load(path if path.suffix == ".pt" else path / name, key)
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
-        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
+        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False)
+        saved.track = saved.track and bool(args.resume)
         args = read_flags(Args, __doc__, args=argv, default=saved)
         may_change = "total_timesteps cuda compile capture_video track save_every eval_every eval_episodes".split()
         may_change += ["seed"] if args.evaluate else []
@@ -798,7 +812,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}, what the policy can reach; lower it, or --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}, which bounds the policy's; lower it, or --no-autotune")
     return target
 
 
@@ -832,17 +846,18 @@ def thread_failed(failure) -> None:
 class Run:
     """A run's folder and what is written there; its progress bar; and Ctrl-C.
 
-    Made once nothing but the folder can fail. As a context it counts time, and takes the first Ctrl-C or kill for the
-    wish to stop at the episode's end; a second one stops at once. It turns what the environment raises, or a full disk,
-    into one line, and leaves the traceback in error.txt. No other process can have the folder at the same time.
+    Made after the networks, so that a wrong flag leaves no folder behind. As a context it counts time, and takes the
+    first Ctrl-C or kill for the wish to stop at the episode's end; a second one stops at once. It turns what the
+    environment raises, or a full disk, into one line, and leaves the traceback in error.txt. No other process can have
+    the folder at the same time.
     """
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
-        name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
-        folder = Path("runs") / (args.run_name or name)
+        env_id = re.sub(r"[^A-Za-z0-9.-]+", "_", args.env_id)
+        name = args.run_name or f"{env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
         self.args = args
         self.total = total  # steps
-        self.folder = Path(args.resume or folder)
+        self.folder = Path(args.resume or Path("runs") / name)
         self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
@@ -1013,7 +1028,7 @@ class Run:
         self.saved_step = self.progress.step
 
     def save_policy(self, name: str, actor: Actor, env: gym.Env) -> None:
-        """Write an actor, and what builds it, as `load_policy` reads it; and by what `env` normalises, for `play`."""
+        """Write an actor, what builds it, as `load_policy` reads it, and the statistics by which `env` normalises."""
         own = {"script": SCRIPT, "args": asdict(self.args), "step": self.progress.step}
         own |= {"obs_dim": actor.obs_dim, "statistics": running_statistics(env)}
         write(self.folder / name, own | {"actor": actor.state_dict()})
@@ -1091,7 +1106,7 @@ def play(args: Args, policy: dict) -> None:
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     set_running_statistics(env, policy["statistics"], frozen=True)
-    choose = compiled_policy(actor, env, jit=unchanged, graph=unchanged)
+    choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
     seed_random(args.seed)
     with env:
@@ -1131,7 +1146,7 @@ def random_states(device: torch.device, env: gym.Env) -> dict:
 
 
 def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
-    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    """Restore what `random_states` returned, with a note if the run was saved on another kind of device."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -1173,7 +1188,7 @@ def running_statistics(env: gym.Env) -> list[dict]:
 
 
 def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
-    """Undo `running_statistics`, also in another environment of the same id; `frozen`: they do not move from there."""
+    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they do not move then."""
     for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
         seen.mean = state["mean"].numpy().copy()
         seen.var = state["var"].numpy().copy()
@@ -1255,11 +1270,11 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     lengths = []
     for i in range(episodes):
         obs, info = env.reset(seed=seed + i)
-        while "episode" not in info:  # it is over
+        while "episode" not in info:  # until it is over
             obs, _, _, _, info = env.step(to_action(act(to_obs(obs)), env.action_space))
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
-    error = np.std(returns) / math.sqrt(episodes)
+    error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # the sample's deviation over the root of episodes
     return {"return": np.mean(returns), "return_error": error, "length": np.mean(lengths)}
 
 
@@ -1268,9 +1283,9 @@ def describe(scores: dict[str, float]) -> str:
     return f"return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
 
 
-def compiled_policy(actor: Actor, env: gym.Env, jit, graph):
+def compiled_policy(actor: Actor, jit, graph):
     """`actor.act` for one observation, compiled: a function of obs (obs_dim,) to an action (D,), both numpy."""
-    policy_obs = torch.zeros(1, *env.observation_space.shape, device=actor.scale.device)
+    policy_obs = torch.zeros(1, actor.obs_dim, device=actor.scale.device)
     policy_noise = actor.noise(1, deterministic=True)
     policy_action = torch.zeros_like(actor.scale)
     rollout = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
@@ -1299,7 +1314,7 @@ def find_compiler(device: torch.device):
     options = {
         # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
         "guard_filter_fn": lambda guards: [False] * len(guards),
-        # Products of one row, the policy's, become sums that are compiled with the rest: a call costs more.
+        # Products of one row, the policy's, become sums that are compiled with the rest: calling a library costs more.
         "post_grad_fusion_options": {"decompose_mm_pass": {}},
     }
 

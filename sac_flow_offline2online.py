@@ -1,6 +1,6 @@
 """SAC Flow offline-to-online: clone a flow policy from manipulation data, then improve it online with SAC.
 
-The policy makes a chunk of h actions by K Euler steps of a velocity network. Offline, flow matching fits it to the
+The policy makes a chunk of h actions by K steps along a velocity network. Offline, flow matching fits it to the
 data, while critics, SAC's loss and a BC term train on the same data; online the chunks are executed, and all but flow
 matching goes on. In both phases the critics' gradient runs back through the policy's own sampling loop, which a gate
 (Flow-G) or a decoder (Flow-T) as its velocity is meant to keep stable.
@@ -183,9 +183,9 @@ class Args:
     velocity: Literal["gated", "decoded", "plain"] = "gated"
     """Flow-G, Flow-T, or the control without either"""
     flow_steps: int = 4
-    """K, Euler steps from noise to action"""
+    """K, steps from noise to action"""
     score_step: Literal["exponential", "euler", "none"] = "exponential"
-    """how the score, which keeps the marginals those of the noise-free flow, is integrated; euler is the paper's"""
+    """how the score is integrated, which for the velocity of a true flow keeps the marginals; euler is the paper's"""
     sigma: float = 0.1
     """noise scale of the rollout at the start, or always with --no-learn-sigma; one for every loss, phase and action"""
     learn_sigma: bool = True
@@ -227,8 +227,8 @@ class TimeEmbedding(nn.Module):
 class GatedVelocity(nn.Module):
     """Flow-G: v = g * (vhat - a), gate g = sigmoid(z(t, a, s)), candidate vhat(t, a, s).
 
-    An Euler step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. The gate, an MLP with
-    one hidden layer, starts at sigmoid(5) = 0.993 everywhere: the rollout starts contractive.
+    Without noise and score a step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. The
+    gate, an MLP with one hidden layer, starts at sigmoid(5) = 0.993 everywhere: the rollout starts contractive.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int = 128, layers: int = 3, gate_dim: int = 64):
@@ -339,7 +339,7 @@ class Normalizer(nn.Module):
 
 
 class Actor(nn.Module):
-    """Flow policy over chunks of h actions: K noisy Euler steps of a velocity network, then tanh to the action bounds.
+    """Flow policy over chunks of h actions: K noisy steps along a velocity network, then tanh to the action bounds.
 
     Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
     bounds, `velocity` a factory (obs_dim, h D) -> module. Below D stands for h D.
@@ -405,9 +405,10 @@ class Actor(nn.Module):
         """Sample actions and the density of their paths.
 
         A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
-        log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, V_i I) - sum_d log |d action_d / d A_{K,d}|.
+        log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log |d action_d / d A_{K,d}|.
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians. Returns action (B, D) in the environment's units,
-        log_prob (B,) = log p_c, and the path, the list of A_0 to A_K, (B, D) each (graph nodes if noise requires grad).
+        log_prob (B,) = log p_c, and the path, the list of A_0 to A_K, (B, D) each (A_0 is a graph node only if noise
+        requires grad).
         Raises ValueError for other shapes.
         """
         expected = (self.flow_steps + 1, obs.shape[0], self.action_dim)
@@ -430,13 +431,14 @@ class Actor(nn.Module):
         return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """The entropy if sigma is that everywhere, were nothing squashed: in nats, of all dimensions together."""
+        """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is at most the uniform one's."""
         one = torch.ones_like(self.scale)
-        log_deviations = [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
+        log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
+        log_deviations += [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
         normal = 0.5 * math.log(2 * math.pi * math.e)
-        if self.entropy == "last-step":
-            return float((normal + log_deviations[-1] + self.scale.log()).sum())
-        return float(((self.flow_steps + 1) * normal + sum(log_deviations) + self.scale.log()).sum())
+        action = torch.minimum(normal + log_deviations.pop() + self.scale.log(), (2 * self.scale).log())
+        before = 0 if self.entropy == "last-step" else sum(normal + log_deviation for log_deviation in log_deviations)
+        return float((before + action).sum())
 
     def normalized(self, action):
         """Actions (B, D) in units of the bounds, in [-1, 1], in which critics see them and the BC term counts."""
@@ -458,7 +460,7 @@ class Actor(nn.Module):
     def act(self, obs, deterministic: bool = False):
         """Chunks of actions (B, D) for obs (B, obs_dim), or one, (D,), for one of (obs_dim,).
 
-        Deterministic: the mode of the path, with all noise 0.
+        Deterministic: the mode of the path before the squash, with all noise 0.
         """
         batch = obs if obs.ndim == 2 else obs[None]
         action = self.rollout(batch, self.noise(batch.shape[0], deterministic))[0]
@@ -710,7 +712,7 @@ def main() -> None:
     jit = find_compiler(device) if args.compile else unchanged
     graph = CudaGraph if args.compile and args.cuda else unchanged
     precision = matmul_precision(device)
-    choose = compiled_policy(actor, env, jit, graph)
+    choose = compiled_policy(actor, jit, graph)
     critic_gradients = jit(with_gradients(critic_loss, critics))
     actor_gradients = jit(with_gradients(actor_loss, actor))
     offline_actor_gradients = jit(with_gradients(offline_actor_loss, actor))
@@ -893,10 +895,13 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
         path = Path(folder)
+        if args.resume and path.suffix == ".pt":
+            fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         name, key = ("checkpoint.pt", "progress") if args.resume else ("policy.pt", "obs_dim")
         checkpoint = load(path if path.suffix == ".pt" else path / name, key)
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
-        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
+        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False)
+        saved.track = saved.track and bool(args.resume)
         args = read_flags(Args, __doc__, args=argv, default=saved)
         may_change = "online_steps cuda compile capture_video track save_every eval_every eval_episodes".split()
         may_change += ["seed"] if args.evaluate else []
@@ -1018,7 +1023,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}, what the policy can reach; lower it, or --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}, which bounds the policy's; lower it, or --no-autotune")
     return target
 
 
@@ -1232,7 +1237,7 @@ class Run:
         self.saved_step = self.progress.step
 
     def save_policy(self, name: str, actor: Actor, env: gym.Env) -> None:
-        """Write an actor, and what builds it, as `load_policy` reads it; and by what `env` normalises, for `play`."""
+        """Write an actor, what builds it, as `load_policy` reads it, and the statistics by which `env` normalises."""
         own = {"script": SCRIPT, "args": asdict(self.args), "step": self.progress.step}
         own |= {"obs_dim": actor.obs_dim, "statistics": running_statistics(env)}
         write(self.folder / name, own | {"actor": actor.state_dict()})
@@ -1312,7 +1317,7 @@ def play(args: Args, policy: dict) -> None:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     set_running_statistics(env, policy["statistics"], frozen=True)
     env = rescaled(env, actor) if args.rescale_actions else env
-    choose = compiled_policy(actor, env, jit=unchanged, graph=unchanged)
+    choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
     with env:
         for kind in ("deterministic", "stochastic"):
@@ -1392,7 +1397,7 @@ def running_statistics(env: gym.Env) -> list[dict]:
 
 
 def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
-    """Undo `running_statistics`, also in another environment of the same id; `frozen`: they do not move from there."""
+    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they do not move then."""
     for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
         seen.mean = state["mean"].numpy().copy()
         seen.var = state["var"].numpy().copy()
@@ -1889,7 +1894,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     for i in range(episodes):
         obs, info = env.reset(seed=seed + i)
         queue = []
-        while "episode" not in info:  # it is over
+        while "episode" not in info:  # until it is over
             if not len(queue):
                 queue = act(to_obs(obs)).reshape(-1, env.action_space.low.size)
             obs, _, _, _, info = env.step(to_action(queue[0], env.action_space))
@@ -1900,7 +1905,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     known = not np.isnan(successes).all()  # some environments report nothing but successes
     rate = np.nansum(successes) / episodes if known else math.nan
     interval = success_interval(int(np.nansum(successes)), episodes) if known else (math.nan, math.nan)
-    error = np.std(returns) / math.sqrt(episodes)
+    error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # the sample's deviation over the root of episodes
     values = [rate, *interval, np.mean(returns), error, np.mean(lengths)]
     return dict(zip(SCORES, values, strict=True))
 
@@ -1913,9 +1918,9 @@ def describe(scores: dict[str, float]) -> str:
     return f"{success}return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
 
 
-def compiled_policy(actor: Actor, env: gym.Env, jit, graph):
+def compiled_policy(actor: Actor, jit, graph):
     """`actor.act` for one observation, compiled: a function of obs (obs_dim,) to a chunk (h D,), both numpy."""
-    policy_obs = torch.zeros(1, *env.observation_space.shape, device=actor.scale.device)
+    policy_obs = torch.zeros(1, actor.obs_dim, device=actor.scale.device)
     policy_noise = actor.noise(1, deterministic=True)
     policy_action = torch.zeros_like(actor.scale)
     rollout = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
@@ -1944,7 +1949,7 @@ def find_compiler(device: torch.device):
     options = {
         # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
         "guard_filter_fn": lambda guards: [False] * len(guards),
-        # Products of one row, the policy's, become sums that are compiled with the rest: a call costs more.
+        # Products of one row, the policy's, become sums that are compiled with the rest: calling a library costs more.
         "post_grad_fusion_options": {"decompose_mm_pass": {}},
     }
 

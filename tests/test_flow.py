@@ -274,8 +274,22 @@ def test_largest_entropy_is_that_of_the_largest_sigma(script, score_step, entrop
     _, log_prob, path = actor.rollout(torch.randn(4000, 5), noise)
     log_slope = actor.scale.log() + 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
     without_squash = log_prob + log_slope.sum(1) - actor.scale.log().sum()
-    assert -without_squash.mean().item() == pytest.approx(actor.largest_entropy(), abs=0.2)
+    last = actor.step(k - 1, path[-2], path[-2], torch.full((1, 3), math.e**2))[1].log()
+    of_action = (0.5 * math.log(2 * math.pi * math.e) + last + actor.scale.log()).sum()
+    uniform = (2 * actor.scale).log().sum()
+    assert of_action > uniform + 0.05  # what has bounds cannot have that much
+    expected = uniform - of_action - without_squash.mean()
+    assert expected.item() == pytest.approx(actor.largest_entropy(), abs=0.2)
     assert -log_prob.mean() < actor.largest_entropy()
+    if entropy == "last-step":
+        assert actor.largest_entropy() == pytest.approx(uniform.item())
+    actor.step = lambda i, a, v, sigma: (a, torch.full_like(a, math.exp(-5.0)))  # far below the uniform's
+    normal = 0.5 * math.log(2 * math.pi * math.e) - 5
+    count = 1 if entropy == "last-step" else k
+    start = 0 if entropy == "last-step" else 3 * (normal + 5)
+    assert actor.largest_entropy() == pytest.approx(
+        3 * count * normal + start + actor.scale.log().sum().item(), rel=1e-5
+    )
 
 
 def test_flow_g_step_is_a_gru_update():

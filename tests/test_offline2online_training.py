@@ -237,7 +237,7 @@ def test_evaluation_plays_whole_chunks_from_seeds_of_their_own():
     np.testing.assert_allclose(rows[:, 3:5], [chunk[int(t) % 3] for t in rows[:, 1]], rtol=1e-6)
     assert all(obs.dtype == np.float32 and obs[1] % 3 == 0 for obs in seen)
     assert (scores["success_rate"], scores["return"], scores["length"]) == (0.5, 21.5, 6)  # returns 28 and 15
-    assert scores["return_error"] == pytest.approx(6.5 / 2)
+    assert scores["return_error"] == pytest.approx(6.5 / 3**0.5)  # the root of the sample's variance over 4
     assert (scores["success_low"], scores["success_high"]) == script.success_interval(2, 4)
 
 

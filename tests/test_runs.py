@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def main(tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         monkeypatch.setattr("sys.argv", ["script", *map(str, flags)])
         script.main()
-        return None if "--resume" in flags else the_run(folder)
+        return None if {"--resume", "--evaluate"} & set(flags) else the_run(folder)
 
     return main
 
@@ -325,7 +326,10 @@ def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
 # What is compiled here is what test_compiled_is_eager compiled.
 @pytest.mark.parametrize("kind", [[*PENDULUM, "--compile"], [*HOPPER, "--crossq"], [*HOPPER, "--no-crossq"]])
 def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
-    """One that ended where an episode did; after another end, within an episode, a new one begins."""
+    """One that ended where an episode did; after another end, within an episode, a new one begins.
+
+    The evaluations at the first end stay, and may have been the best.
+    """
     flags = [*kind, "--learning-starts", 300]
     flags += ["--eval-every", 100]
     assert run(*flags, "--total-timesteps", 400).returncode == 0
@@ -334,10 +338,23 @@ def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     start = next(end - length for end, length in episodes if end - length > 302 and length > 3)
     assert run(*flags, "--total-timesteps", start).returncode == 0
     folder = the_run(tmp_path)
+    ended = [row for row in returns(folder, "eval.csv") if row[0] == str(start)]
+    assert [row[1] for row in ended] == ["deterministic", "stochastic"]
+    best = torch.load(folder / "policy_best.pt")
     done = run("--resume", folder, "--total-timesteps", 400)
     assert done.returncode == 0, done.stderr
-    assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
-    assert returns(folder) == returns(whole) and returns(folder, "eval.csv") == returns(whole, "eval.csv")
+    extended = checkpoint(folder)
+    others = {name: extended[name] for name in ("args", "best", "rows")}
+    assert_same(extended, checkpoint(whole) | others)
+    assert returns(folder) == returns(whole)
+    rows = returns(folder, "eval.csv")
+    assert [row for row in rows if row not in ended] == returns(whole, "eval.csv") and len(rows) == 2 + len(
+        returns(whole, "eval.csv")
+    )
+    scores = [float(row[2]) for row in rows[1:] if row[1] == "deterministic"]
+    assert extended["best"] == pytest.approx(max(scores), rel=1e-4)
+    if max(scores[1:]) < scores[0]:
+        assert_same(torch.load(folder / "policy_best.pt"), best)
 
     folder.rename(tmp_path / "extended")
     assert run(*flags, "--total-timesteps", start + 3).returncode == 0
@@ -354,7 +371,8 @@ def test_statistics_of_normalising_wrappers_are_part_of_a_run(script, main, monk
     folder = main(script, *flags, "--total-timesteps", 108)  # an episode's end
     state = checkpoint(folder)
     main(script, "--resume", folder, "--total-timesteps", 162)
-    assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
+    extended = checkpoint(folder)
+    assert_same(extended, checkpoint(whole) | {name: extended[name] for name in ("args", "best", "rows")})
     assert returns(folder) == returns(whole)
     seen, _ = checkpoint(folder)["statistics"], state["statistics"]
     assert [round(entry["count"]) for entry in seen] == [
@@ -376,7 +394,20 @@ def test_evaluations_at_a_checkpoints_step_are_kept(script, main):
     folder = main(script, *flags, "--total-timesteps", 40)
     assert [row[:2] for row in returns(folder, "eval.csv")[-2:]] == [["40", "deterministic"], ["40", "stochastic"]]
     main(script, "--resume", folder, "--total-timesteps", 60)
-    assert returns(folder, "eval.csv") == whole and len(whole) == 1 + 4
+    rows = returns(folder, "eval.csv")
+    assert [row for row in rows if row[:2] != ["40", "stochastic"]] == whole and len(rows) == 1 + len(whole) == 1 + 5
+
+
+def test_a_tracked_run_is_tracked_when_resumed(script, main, monkeypatch):
+    """Under the same name; what plays its policy is not."""
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **flags: calls.append(flags)))
+    folder = main(script, *PENDULUM, "--total-timesteps", 120, "--track")
+    main(script, "--resume", folder, "--total-timesteps", 130)
+    main(script, "--evaluate", folder)
+    assert [(call["id"], call["resume"]) for call in calls] == 2 * [(folder.name, "allow")]
+    main(script, "--resume", folder, "--total-timesteps", 140, "--no-track")
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -633,8 +664,8 @@ def test_bad_checkpoints(run, name, tmp_path):
     folder = the_run(tmp_path)
     other = "sac_flow_t" if name == "sac_flow_g" else "sac_flow_g"
     assert_refused(run("--resume", folder, name=other), name, other)
-    assert_refused(run("--resume", folder / "policy.pt"), "another kind", "--resume")
     assert_refused(run("--evaluate", folder / "checkpoint.pt"), "another kind", "--evaluate")
+    assert_refused(run("--resume", folder / "checkpoint.pt"), "--resume takes a run's folder", str(folder))
     assert_refused(run("--resume", folder), "has reached step 150", "--total-timesteps")
     assert_refused(run("--resume", folder, "--total-timesteps", 200, "--gamma", 0.9), "--gamma 0.9", "0.99")
     assert_refused(run("--resume", folder, "--total-timesteps", 200, "--seed", 3), "--seed 3")

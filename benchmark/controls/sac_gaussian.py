@@ -1,8 +1,9 @@
 """SAC with the usual tanh-Gaussian policy, on the same critic and in the same skeleton: the baseline of SAC Flow.
 
-An action is one draw from a diagonal Gaussian, squashed. All but the policy is the text of sac_flow_g.py, so that a
-difference in a run is the policy's doing. "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905; with
-BatchRenorm and without target networks as "CrossQ", arXiv 1902.05605.
+An action is one draw from a diagonal Gaussian, squashed. All but the policy is the text of sac_flow_g.py, so that runs
+differ by the policy, its size and its entropy alone; the settings they share were chosen for the flows. "Soft
+Actor-Critic Algorithms and Applications", arXiv 1812.05905; with BatchRenorm and without target networks as "CrossQ",
+arXiv 1902.05605.
 
     python benchmark/controls/sac_gaussian.py --env-id Hopper-v4
 
@@ -76,13 +77,13 @@ class Args:
     compile: bool = True
     """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
     capture_video: bool = False
-    """write videos of some training episodes, or of those of --evaluate, to <run>/videos"""
+    """write videos of some training episodes, or of the first of each kind of --evaluate, to <run>/videos"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 50_000
     """steps between checkpoints; each is saved at the next end of an episode, and one at the end of the run"""
     eval_every: int = 10_000
-    """steps between evaluations of the averaged actor, which training does not notice; 0: none, not even at the end"""
+    """steps between evaluations of the averaged actor; they do not affect training; 0: none, not even at the end"""
     eval_episodes: int = 5
     """episodes of an evaluation"""
     run_name: Optional[str] = None
@@ -90,7 +91,8 @@ class Args:
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
-    """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt"""
+    """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt; from
+    the starts of the run's own evaluations, unless another --seed is given"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -98,13 +100,14 @@ class Args:
     batch_size: int = 256
     """transitions per update"""
     learning_starts: int = 5_000
-    """uniformly random actions before learning starts"""
+    """steps with uniformly random actions before learning starts"""
     gamma: float = 0.99
     """discount factor"""
     critic_lr: float = 1e-3
     """learning rate of the critics"""
     # actor_lr and alpha were chosen together on Hopper-v4: from the paper's alpha 0.2 the entropy term first inflates
-    # sigma (path entropy 14 for a target of 0) and Flow-G stood near 660 at step 30 000; with these, near 1 460.
+    # sigma (path entropy 14 for a target of 0) and Flow-G stood near 660 at step 30 000; with these, near 1 460 (an
+    # earlier version with Euler's step and the path's entropy, one seed; alpha_lr and sigma's bound changed, too).
     actor_lr: float = 1e-3
     """learning rate of the actor"""
     alpha_lr: float = 1e-3
@@ -124,7 +127,8 @@ class Args:
     alpha: float = 0.02
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: Optional[float] = None
-    """target of the policy's entropy in nats, of all dimensions together; default: see the actor's"""
+    """target of the policy's entropy in nats, of all dimensions together; default: -1 per dimension of actions in
+    [-1, 1], or with --entropy path what a sigma of 0.46 gives"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
@@ -408,8 +412,10 @@ def main() -> None:
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
     losses = torch.zeros(len(LOSSES), device=device)  # the latest
-    learned = dict(actor=actor, average=average, critics=critics, **({"targets": targets} if targets else {}))
+    learned = dict(actor=actor, average=average, critics=critics)
     learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
+    if targets:
+        learned["targets"] = targets
     env.reset(seed=args.seed)
     env.action_space.seed(args.seed)
     if checkpoint:
@@ -428,8 +434,8 @@ def main() -> None:
     jit = find_compiler(device) if args.compile else unchanged
     graph = CudaGraph if args.compile and args.cuda else unchanged
     precision = matmul_precision(device)
-    choose = compiled_policy(actor, env, jit, graph)
-    choose_averaged = compiled_policy(average, env, jit, graph)
+    choose = compiled_policy(actor, jit, graph)
+    choose_averaged = compiled_policy(average, jit, graph)
     critic_gradients = jit(with_gradients(critic_loss, critics))
     actor_gradients = jit(with_gradients(actor_loss, actor))
 
@@ -449,7 +455,7 @@ def main() -> None:
         obs, *_ = buffer.sample(args.batch_size)
         noise = actor.noise(args.batch_size)
         alpha = log_alpha.detach().exp()
-        actor.norm.train()  # it normalises by running statistics, but for its own update
+        actor.norm.train()  # everywhere but in its own update it normalises by running statistics
         critics.eval()
         loss, log_prob, gradients = actor_gradients(actor, critics, obs, noise, alpha)
         actor.norm.eval()
@@ -521,10 +527,11 @@ def main() -> None:
                     break
         if progress.step == args.total_timesteps:
             save()
-            if args.eval_every:  # a run that is extended goes on from before this
+            if args.eval_every:
                 if progress.step % args.eval_every:
                     score("deterministic")
                 score("stochastic")
+                save()  # with these evaluations
     run.say_where()
 
 
@@ -604,10 +611,13 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
         path = Path(folder)
+        if args.resume and path.suffix == ".pt":
+            fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         name, key = ("checkpoint.pt", "progress") if args.resume else ("policy.pt", "obs_dim")
         checkpoint = load(path if path.suffix == ".pt" else path / name, key)
         saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
-        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False, track=False)
+        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False)
+        saved.track = saved.track and bool(args.resume)
         args = read_flags(Args, __doc__, args=argv, default=saved)
         may_change = "total_timesteps cuda compile capture_video track save_every eval_every eval_episodes".split()
         may_change += ["seed"] if args.evaluate else []
@@ -675,7 +685,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}, what the policy can reach; lower it, or --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}, which bounds the policy's; lower it, or --no-autotune")
     return target
 
 
@@ -709,17 +719,18 @@ def thread_failed(failure) -> None:
 class Run:
     """A run's folder and what is written there; its progress bar; and Ctrl-C.
 
-    Made once nothing but the folder can fail. As a context it counts time, and takes the first Ctrl-C or kill for the
-    wish to stop at the episode's end; a second one stops at once. It turns what the environment raises, or a full disk,
-    into one line, and leaves the traceback in error.txt. No other process can have the folder at the same time.
+    Made after the networks, so that a wrong flag leaves no folder behind. As a context it counts time, and takes the
+    first Ctrl-C or kill for the wish to stop at the episode's end; a second one stops at once. It turns what the
+    environment raises, or a full disk, into one line, and leaves the traceback in error.txt. No other process can have
+    the folder at the same time.
     """
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
-        name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
-        folder = Path("runs") / (args.run_name or name)
+        env_id = re.sub(r"[^A-Za-z0-9.-]+", "_", args.env_id)
+        name = args.run_name or f"{env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
         self.args = args
         self.total = total  # steps
-        self.folder = Path(args.resume or folder)
+        self.folder = Path(args.resume or Path("runs") / name)
         self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
@@ -890,7 +901,7 @@ class Run:
         self.saved_step = self.progress.step
 
     def save_policy(self, name: str, actor: Actor, env: gym.Env) -> None:
-        """Write an actor, and what builds it, as `load_policy` reads it; and by what `env` normalises, for `play`."""
+        """Write an actor, what builds it, as `load_policy` reads it, and the statistics by which `env` normalises."""
         own = {"script": SCRIPT, "args": asdict(self.args), "step": self.progress.step}
         own |= {"obs_dim": actor.obs_dim, "statistics": running_statistics(env)}
         write(self.folder / name, own | {"actor": actor.state_dict()})
@@ -968,7 +979,7 @@ def play(args: Args, policy: dict) -> None:
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     set_running_statistics(env, policy["statistics"], frozen=True)
-    choose = compiled_policy(actor, env, jit=unchanged, graph=unchanged)
+    choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
     seed_random(args.seed)
     with env:
@@ -1008,7 +1019,7 @@ def random_states(device: torch.device, env: gym.Env) -> dict:
 
 
 def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
-    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    """Restore what `random_states` returned, with a note if the run was saved on another kind of device."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -1050,7 +1061,7 @@ def running_statistics(env: gym.Env) -> list[dict]:
 
 
 def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
-    """Undo `running_statistics`, also in another environment of the same id; `frozen`: they do not move from there."""
+    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they do not move then."""
     for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
         seen.mean = state["mean"].numpy().copy()
         seen.var = state["var"].numpy().copy()
@@ -1132,11 +1143,11 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     lengths = []
     for i in range(episodes):
         obs, info = env.reset(seed=seed + i)
-        while "episode" not in info:  # it is over
+        while "episode" not in info:  # until it is over
             obs, _, _, _, info = env.step(to_action(act(to_obs(obs)), env.action_space))
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
-    error = np.std(returns) / math.sqrt(episodes)
+    error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # the sample's deviation over the root of episodes
     return {"return": np.mean(returns), "return_error": error, "length": np.mean(lengths)}
 
 
@@ -1145,9 +1156,9 @@ def describe(scores: dict[str, float]) -> str:
     return f"return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
 
 
-def compiled_policy(actor: Actor, env: gym.Env, jit, graph):
+def compiled_policy(actor: Actor, jit, graph):
     """`actor.act` for one observation, compiled: a function of obs (obs_dim,) to an action (D,), both numpy."""
-    policy_obs = torch.zeros(1, *env.observation_space.shape, device=actor.scale.device)
+    policy_obs = torch.zeros(1, actor.obs_dim, device=actor.scale.device)
     policy_noise = actor.noise(1, deterministic=True)
     policy_action = torch.zeros_like(actor.scale)
     rollout = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
@@ -1176,7 +1187,7 @@ def find_compiler(device: torch.device):
     options = {
         # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
         "guard_filter_fn": lambda guards: [False] * len(guards),
-        # Products of one row, the policy's, become sums that are compiled with the rest: a call costs more.
+        # Products of one row, the policy's, become sums that are compiled with the rest: calling a library costs more.
         "post_grad_fusion_options": {"decompose_mm_pass": {}},
     }
 
