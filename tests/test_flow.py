@@ -316,6 +316,26 @@ def test_flow_g_step_is_a_gru_update():
     torch.testing.assert_close(cell(inputs, a), a + dt * actor.velocity(t, a, obs))
 
 
+@pytest.mark.parametrize("action_dim", [1, 3, 17])
+def test_flow_t_starts_contractive(action_dim):
+    """As the flags build it: dv/da is near -1, and in a state most of A_0 does not reach A_K."""
+    import sac_flow_t as script
+
+    low, high = -torch.ones(action_dim), torch.ones(action_dim)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        actor = script.make_actor(script.Args(), 11, low, high).eval()
+        a = torch.randn(64, action_dim, requires_grad=True)
+        obs = torch.randn(64, 11)
+        v = actor.velocity(0.5, a, obs)
+        slopes = [torch.autograd.grad(v[:, i].sum(), a, retain_graph=True)[0][:, i].mean() for i in range(action_dim)]
+        assert -1.8 < torch.stack(slopes).mean() < -0.7
+        noise = actor.noise(500)
+        noise[1:] = 0
+        path = actor.rollout(obs[:1].expand(500, -1), noise)[2]
+        assert path[-1].std(0).mean() < 0.4 < 0.9 < path[0].std(0).mean()
+
+
 def test_flow_g_starts_contractive():
     import sac_flow_g as script
 
