@@ -1,12 +1,12 @@
-"""Did returns or speed fall from A to B? Exit code 1 if one did with confidence, 0 if not.
+"""Did returns or speed fall from A to B? Exit code 1 if one did with confidence, 0 if not, 2 if nothing can be told.
 
     python benchmark/compare.py runs/before runs/after
 
 A and B are folders of runs, or of benchmark/results/, with the same environments and algorithms: several seeds of each,
 and for the speed from the same machine, as idle. The return of a run is its mean over the last tenth of the steps that
 both have reached, its speed that of their second half, which leaves compilation out. Intervals are Welch's, of the
-difference of means: of returns, and of the logarithms of the speeds. With m of them each has confidence 1 - (1 - 0.95)
-/ m, so that a false alarm is no likelier with many than with one.
+difference of means: of returns, and of the logarithms of the speeds. Their upper ends alone decide: with m of them each
+has confidence 1 - 2 (1 - 0.95) / m, so that a false alarm is as likely as one in twenty, or less, in all together.
 """
 
 import math
@@ -87,17 +87,19 @@ def main() -> None:
                 found[env, name, what] = a, b
             else:
                 note(f"{env}, {name}: {what} of {len(a)} and {len(b)} seeds cannot be compared, two of each are needed")
+    if not found:
+        fail("nothing can be compared: two seeds or more of each are needed")
     fell = False
     print("| environment | algorithm | | A | B | B - A, interval | |\n|---|---|---|---|---|---|---|")
     for (env, name, what), (a, b) in found.items():
-        confidence = 1 - (1 - args.confidence) / len(found)
+        confidence = max(0.0, 1 - 2 * (1 - args.confidence) / len(found))
         if what == "return":
             ends = welch(a, b, confidence)
             shown = "{:.0f} [{:.0f}, {:.0f}]".format(*ends)
         else:
             ends = welch(np.log(a), np.log(b), confidence)
             shown = "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*(100 * math.expm1(end) for end in ends))
-        falls = ends[2] < 0
+        falls = not ends[2] >= 0  # nor is NaN a pass
         fell = fell or falls
         means = " | ".join(
             f"{values.mean():.{0 if what == 'return' else 1}f} ({len(values)} seeds)" for values in (a, b)

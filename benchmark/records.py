@@ -24,7 +24,10 @@ NAMES = {  # what names of files, folders and scripts hold -> the algorithm
     "gated": "Flow-G",
     "decoded": "Flow-T",
     "plain": "Plain flow",
+    "ablation": "Ablation",
+    "train_sbx": "CrossQ (sbx)",
 }
+SCRIPTS = ("sac_flow_g", "sac_flow_t", "sac_flow_naive", "sac_gaussian", "ablation", "train_sbx")
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 COLORS = {"Flow-G": "#0072B2", "Flow-T": "#D55E00", "Plain flow": "#009E73", "Gaussian": "#4D4D4D"}
 OTHER_COLORS = ("#CC79A7", "#E69F00", "#56B4E9")
@@ -43,8 +46,8 @@ RANGES = {
 
 # Flags in which runs of one group may differ.
 NO_VARIANT = set(
-    "env_id seed total_timesteps offline_steps online_steps run_name resume evaluate cuda compile capture_video track"
-    " save_every eval_every eval_episodes dataset collect files velocity".split()
+    "env_id seed total_timesteps online_steps run_name resume evaluate cuda compile capture_video track save_every"
+    " eval_every eval_episodes files velocity".split()
 )
 AVERAGE = "0.995"  # the default of --actor-average: what is read of files that evaluate several averages
 
@@ -177,7 +180,7 @@ def identify(path: Path) -> Run:
 
 def script_of(folder: Path) -> str:
     """The script behind a run's folder: from its name, or a policy or checkpoint in it. Raises ValueError."""
-    if match := re.search("|".join(name for name in NAMES if name.startswith("sac")), folder.name):
+    if match := re.search("|".join(SCRIPTS), folder.name):
         return match[0]
     for path in (folder / "policy.pt", folder / "checkpoint.pt"):
         if path.exists():
@@ -209,8 +212,16 @@ def set_variants(runs: list[Run]) -> None:
     for run in runs:
         keys[run.env, run.name, run.seed].add(run.root)
     if any(len(roots) > 1 for roots in keys.values()):
+        roots = {run.root for run in runs}
+        distinct = len({root.resolve().name for root in roots}) == len(roots)
         for run in runs:
-            run.variant.append(run.root.resolve().name)
+            run.variant.append(run.root.resolve().name if distinct else str(run.root))
+    versions = defaultdict(set)
+    for run in runs:
+        versions[run.env, run.name].add(tuple(sorted(run.flags)))
+    for (env, name), known in versions.items():
+        if len(known) > 1:
+            note(f"{name} on {env}: its runs are of versions with different flags, and count as one")
 
 
 def unique(runs: list[Run]) -> list[Run]:
@@ -245,7 +256,7 @@ def end_of(groups: dict[str, list[Run]]) -> float:
 
 def score(run: Run, end: float) -> Optional[float]:
     """Mean return over the last tenth of the steps before `end`; None, with a note, if the run stopped before that."""
-    inside = (run.steps > 0.9 * end) & (run.steps <= end)
+    inside = (run.steps >= 0.9 * end) & (run.steps <= end)
     if inside.any():
         return float(run.returns[inside].mean())
     where = f"{run.name}, seed {run.seed}, {run.env}"

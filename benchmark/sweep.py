@@ -107,7 +107,7 @@ def parse_args() -> tuple[Args, list[str]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--file {args.file} is no sweep.json ({error}): name that of a sweep's folder")
         args, common = read_flags(Args, __doc__, default=default, return_unknown_args=True)
-        common = common or common_of_file
+        common = [*common_of_file, *common]  # of a flag that is given twice the last one counts
     for name in ("scripts", "env_ids", "seeds", "flags"):
         values = getattr(args, name)
         if not values or len(set(values)) < len(values):
@@ -219,6 +219,8 @@ def train(run: Run, environ: dict[str, str]) -> tuple[str, str]:
                 break
             time.sleep(0.2)
         if not (run.folder / "checkpoint.pt").exists():
+            if (run.folder / "policy.pt").exists():  # results whose checkpoint was removed
+                run.folder.rename(run.folder.with_name(f"{run.folder.name}.{time.time_ns()}.old"))
             shutil.rmtree(run.folder, ignore_errors=True)  # it died before its first checkpoint
         elif saved_step(run.folder) >= run.total:
             return "finished", ""
@@ -376,6 +378,8 @@ def run_all(args: Args, runs: list[Run], screen: Screen, ray, slots: int) -> int
     """Run those that wait, until they have ended or are stopped. Returns the number of the signal that stopped them."""
     environ = {name: str(args.cores_per_run) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
     environ["TQDM_DISABLE"] = "1"  # the table is the progress bar
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environ["PYTHONPATH"] = os.pathsep.join(paths)  # a user's environments lie beside the scripts, not the controls
     if not args.gpus_per_run:
         environ["CUDA_VISIBLE_DEVICES"] = ""
     task = ray.remote(train).options(

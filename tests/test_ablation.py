@@ -18,6 +18,8 @@ K = 4
 LOW, HIGH = [-0.4, -3.0, 0.0], [0.4, 1.0, 5.0]  # unequal bounds, one of them not symmetric
 VARIANTS = list(ablation.VARIANTS)
 OWN_SIGMA = ["sigma", "renorm", "time", "authors", "authors-no-time", "authors-clipped"]
+TIME_INSIDE = ["time", "authors", "authors-clipped", "flow-g-time"]  # t goes through the BatchRenorm
+ONE_BATCH = ["plain", "sigma", "flow-g", "clipped"]  # an update's, for the actor's BatchRenorm; the others see K
 
 
 def make_actor(variant, dim=16, warmup=100_000):
@@ -62,7 +64,7 @@ def mean_and_deviation(variant, actor, i, a, obs):
             a_in = (a - norm.running_mean[5:8]) * scale[5:8] + norm.bias[5:8]
         else:
             a_in = a
-        if variant in ("time", "authors", "authors-clipped"):
+        if variant in TIME_INSIDE:
             t = normalised_t
         if variant.startswith("authors"):
             first, second, last = network.net[::2]
@@ -76,7 +78,10 @@ def mean_and_deviation(variant, actor, i, a, obs):
     time = network.from_time(t)
     if variant == "flow-g-time":
         time = normalised_t * network.from_time.weight.T
-    hidden = network.from_obs(actor.encoder(s)) + a @ network.from_action.weight.T + time
+    a_in = (
+        (a - norm.running_mean[5:8]) * scale[5:8] + norm.bias[5:8] if variant in ("flow-g-renorm", "flow-g-time") else a
+    )
+    hidden = network.from_obs(actor.encoder(s)) + a_in @ network.from_action.weight.T + time
     hidden = hidden * hidden.sigmoid()
     if variant.startswith("flow-g"):
         gate = network.gate(hidden[:, : hidden.shape[1] // 2]).sigmoid()
@@ -137,7 +142,8 @@ TIME = {"velocity_net.from_time.weight", "velocity_net.from_time.linear.weight"}
         ("time", "renorm", NORM | TIME),
         ("authors", "time", THEIRS | HERE | ENCODER),
         ("authors-no-time", "authors", NORM),
-        ("flow-g-time", "flow-g", NORM | TIME),
+        ("flow-g-renorm", "flow-g", NORM),
+        ("flow-g-time", "flow-g-renorm", NORM | TIME),
         ("clipped", "plain", set()),
         ("authors-clipped", "authors", set()),
     ],
@@ -147,7 +153,8 @@ def test_what_differs_from_the_variant_before(variant, before, differs):
     actors = [make_actor(name) for name in (variant, before)]
     shapes = [{name: tensor.shape for name, tensor in actor.state_dict().items()} for actor in actors]
     assert {name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)} == differs
-    features = {"renorm": 5 + 3, "time": 5 + 3 + 1, "authors-no-time": 5 + 3, "flow-g-time": 5 + 1}
+    features = {"renorm": 5 + 3, "time": 5 + 3 + 1, "authors-no-time": 5 + 3}
+    features |= {"flow-g-renorm": 5 + 3, "flow-g-time": 5 + 3 + 1}
     assert features.get(variant, len(actors[1].norm.weight)) == len(actors[0].norm.weight)
     assert actors[0].target_entropy == pytest.approx(actors[1].target_entropy)
 
@@ -161,12 +168,15 @@ def seen_by_the_network(actor, obs, noise):
     return [(features, a, torch.as_tensor(t)) for t, a, features in seen]
 
 
-@pytest.mark.parametrize("variant", ["time", "authors", "authors-clipped", "flow-g-time"])
-def test_time_under_the_batch_renorm_is_0_in_training_and_large_in_acting(variant):
-    actor = make_actor(variant)
+@pytest.mark.parametrize("warmup", [100_000, 8])
+@pytest.mark.parametrize("variant", TIME_INSIDE)
+def test_time_under_the_batch_renorm_is_0_in_training_and_large_in_acting(variant, warmup):
+    """Before and after the switch, as with the authors' shift by the batch's own deviation."""
+    actor = make_actor(variant, warmup=warmup)
     actor.norm.train()
     for _ in range(50):
         actor.rollout(torch.randn(64, 5), actor.noise(64))
+    assert (actor.norm.batches > actor.norm.warmup) == (warmup == 8)
     obs, noise = torch.randn(64, 5), actor.noise(64)
     training = [t for *_, t in seen_by_the_network(actor, obs, noise)]
     torch.testing.assert_close(torch.cat(training, 1), torch.zeros(64, K), atol=1e-5, rtol=0)
@@ -178,7 +188,32 @@ def test_time_under_the_batch_renorm_is_0_in_training_and_large_in_acting(varian
     assert expected.max() > 11.8
 
 
-@pytest.mark.parametrize("variant", ["sigma", "renorm", "authors-no-time"])
+def test_their_batch_renorm_is_ours_where_a_batch_varies():
+    """Before the switch, and after it to within eps; what is constant is 0 in theirs and not in ours."""
+    for warmup in (1000, 5):
+        ours, theirs = sac_flow_naive.BatchRenorm(3, warmup=warmup), ablation.TheirRenorm(3, warmup=warmup)
+        for i in range(20):
+            x = torch.randn(64, 3) * torch.tensor([1.0, 30.0, 0.0]) + torch.tensor([2.0, -5.0, 0.1 * (i % 4)])
+            y, z = ours(x), theirs(x)
+            assert_same(ours.state_dict(), theirs.state_dict())
+        torch.testing.assert_close(y[:, :2], z[:, :2], rtol=1e-2, atol=2e-3)
+        assert z[:, 2].abs().max() < 1e-3
+        assert (y[:, 2].abs().max() > 1) == (warmup == 5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_variants_switch_at_the_same_update(variant):
+    """After a K-th of the critics' batches, as the authors' does: here with the second update of the actor."""
+    actor = make_actor(variant, warmup=2 * K)
+    switched = []
+    actor.norm.train()
+    for _ in range(4):
+        switched.append(bool(actor.norm.batches >= actor.norm.warmup))
+        actor.rollout(torch.randn(8, 5), actor.noise(8))
+    assert switched == [False, False, True, True]
+
+
+@pytest.mark.parametrize("variant", ["sigma", "renorm", "authors-no-time", "flow-g-renorm"])
 def test_time_beside_the_batch_renorm_is_the_same_in_training_and_acting(variant):
     actor = make_actor(variant)
     for training in (True, False):
@@ -187,7 +222,7 @@ def test_time_beside_the_batch_renorm_is_the_same_in_training_and_acting(variant
         torch.testing.assert_close(torch.cat(seen, 1), torch.tensor([0, 0.25, 0.5, 0.75]).expand(64, K))
 
 
-@pytest.mark.parametrize("variant", OWN_SIGMA)
+@pytest.mark.parametrize("variant", [*OWN_SIGMA, "flow-g-renorm", "flow-g-time"])
 def test_actions_under_the_batch_renorm(variant):
     """In training each step's A has mean 0 and deviation 1, but in `sigma`, where it comes as it is."""
     actor = make_actor(variant)
@@ -214,7 +249,7 @@ def test_batches_per_update(variant):
     actor = make_actor(variant)
     actor.norm.train()
     actor.rollout(torch.randn(8, 5), actor.noise(8))
-    expected = 1 if variant in ("plain", "sigma", "flow-g", "clipped") else K
+    expected = 1 if variant in ONE_BATCH else K
     assert actor.norm.batches == expected == ablation.batches_per_update(actor)
 
 
@@ -320,14 +355,23 @@ def test_gradient_norms_of_both_kinds_of_statistics(variant):
     actor, critics = make_actor(variant).eval(), make_critics()
     obs, noise = 3 + 7 * torch.randn(16, 5), actor.noise(16)
     before = copy.deepcopy([actor.state_dict(), critics.state_dict()])
-    batch, running = (ablation.gradient_norms(actor, critics, obs, noise, 0.1, kind) for kind in ("batch", "running"))
-    torch.testing.assert_close(batch, sac_flow_naive.gradient_norms(actor, critics, obs, noise.clone(), 0.1))
+    kinds = ("batch", "running", "free")
+    batch, running, free = (ablation.gradient_norms(actor, critics, obs, noise, 0.1, kind) for kind in kinds)
+    assert batch.shape == (K + 1, 16)
+    if "clipped" in variant:
+        assert (batch[:-1] <= batch[1:] * (1 + 1e-5)).all()
+        actor.clipped = False
+        assert_same(ablation.gradient_norms(actor, critics, obs, noise, 0.1, "batch"), free)
+        actor.clipped = True
+    else:
+        assert_same(batch, free)
+    torch.testing.assert_close(batch.mean(1), sac_flow_naive.gradient_norms(actor, critics, obs, noise.clone(), 0.1))
     assert_same([actor.state_dict(), critics.state_dict()], before)
     assert critics.training and not actor.training and not noise.requires_grad
     critics.eval()
     loss, _, *path = sac_flow_naive.actor_loss(actor, critics, obs, noise.requires_grad_(), 0.1)
     gradients = torch.autograd.grad(16 * loss, path)
-    torch.testing.assert_close(running, torch.stack([g.norm(dim=1).mean() for g in gradients]))
+    torch.testing.assert_close(running, torch.stack([g.norm(dim=1) for g in gradients]))
     assert not torch.allclose(batch, running, rtol=0.01)
 
 
@@ -350,13 +394,15 @@ def test_300_steps(start, tmp_path, variant):
     assert args["variant"] == variant and args["score_step"] == ("none" if variant in OWN_SIGMA else "exponential")
     rows = list(csv.DictReader(open(folder / "norms.csv")))
     keys = [(int(row["step"]), row["statistics"], int(row["i"])) for row in rows]
-    kinds = ("batch", "running")
+    kinds = ("batch", "running", *(["free"] if "clipped" in variant else []))
     assert keys == [(step, kind, i) for step in (160, 220, 280) for kind in kinds for i in range(K + 1)]
-    assert all(math.isfinite(float(row["grad_norm"])) and float(row["grad_norm"]) > 0 for row in rows)
+    for row in rows:
+        mean, median, largest = (float(row[name]) for name in ("grad_norm", "median", "largest"))
+        assert 0 < median <= largest < math.inf and 0 < mean <= largest
     # The actor's updates come with the 1st, 4th, ... and 199th of the critics'.
-    batches = 1 if variant in ("plain", "sigma", "flow-g", "clipped") else K
+    batches = 1 if variant in ONE_BATCH else K
     assert checkpoint(folder)["actor"]["norm.batches"] == 67 * batches
-    assert f"step {100 + 3 * 100_000 // batches}, that of the critics' at step 100100" in done.stderr
+    assert f"step {100 + 3 * 100_000 // K}, that of the critics' at step 100100" in done.stderr
 
 
 @pytest.mark.parametrize("variant, script, dim", [("plain", "sac_flow_naive", 16), ("flow-g", "sac_flow_g", 8)])
@@ -382,7 +428,7 @@ def test_norms_change_nothing_and_resume_is_bit_for_bit(start, tmp_path):
     for state in states:
         del state["args"]
     assert_same(states[0], states[1])
-    assert open(part / "norms.csv").read().count("\n") == open(whole / "norms.csv").read().count("\n") == 1 + 5 * 10
+    assert open(part / "norms.csv").read().count("\n") == open(whole / "norms.csv").read().count("\n") == 1 + 5 * 15
     assert states[2]["rows"].pop("norms.csv") == states[0]["rows"].pop("norms.csv")[:1]
     assert_same(states[0], states[2])
     done = start("--evaluate", part, "--eval-episodes", 1, name="ablation")

@@ -30,7 +30,7 @@ def write(folder, returns, rates, env="Hopper-v4", **flags):
         lines = ["step,kind,return,seconds"]
         for step in range(100, 1001, 100):
             seconds = min(step, 500) + max(step - 500, 0) / rate
-            lines.append(f"{step},deterministic,{value if step > 900 else 0},{seconds}")
+            lines.append(f"{step},deterministic,{value if step >= 900 else 0},{seconds}")
         (run / "eval.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -89,7 +89,17 @@ def test_more_comparisons_need_more(main, tmp_path):
             write(tmp_path / "many" / side, (1000, 1030, 970), (100, 101, 99), env=f"Other{i}-v0")
     assert main(tmp_path / "one" / "a", tmp_path / "one" / "b") == 1
     assert main(tmp_path / "many" / "a", tmp_path / "many" / "b") == 0
-    assert main(tmp_path / "one" / "a", tmp_path / "one" / "b", "--confidence", 0.999) == 0
+    assert main(tmp_path / "one" / "a", tmp_path / "one" / "b", "--confidence", 0.9999) == 0
+
+
+def test_the_upper_end_alone_decides(main, tmp_path):
+    """Two comparisons at 0.95: each interval has 90 %. With 4 degrees of freedom t is 2.1318 (at 95 % 2.7764)."""
+    error = math.sqrt(2 / 3)
+    for fall, code in ((2.2 * error, 1), (2.05 * error, 0)):
+        folder = tmp_path / str(code)
+        write(folder / "a", (99, 100, 101), (100, 101, 99))
+        write(folder / "b", (99 - fall, 100 - fall, 101 - fall), (100, 101, 99))
+        assert main(folder / "a", folder / "b", "--confidence", 0.9) == code
 
 
 def test_compared_where_both_have_been(main, tmp_path, capsys):
@@ -105,9 +115,16 @@ def test_compared_where_both_have_been(main, tmp_path, capsys):
 def test_one_seed_decides_nothing(main, tmp_path, capsys):
     write(tmp_path / "a", (1000, 1001), (100, 101))
     write(tmp_path / "b", (1,), (1,))
-    assert main(tmp_path / "a", tmp_path / "b") == 0
+    assert main(tmp_path / "a", tmp_path / "b") == 2
     captured = capsys.readouterr()
     assert "return of 2 and 1 seeds cannot be compared" in captured.err and "fell" not in captured.out
+    assert "error: nothing can be compared" in captured.err
+
+
+def test_nan_is_no_pass(main, tmp_path, capsys):
+    write(tmp_path / "a", (1000, 1001), (100, 101))
+    write(tmp_path / "b", (1000, math.nan), (100, 101))
+    assert main(tmp_path / "a", tmp_path / "b") == 1
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_score_and_its_end():
     groups = {"a": [run("a", 3000, 1), run("a", 2000, 2), run("a", 500, 3)], "b": [run("b", 9000, 1)]}
     assert records.end_of(groups) == 2000
     found = records.scores(groups, 2000)
-    assert found["a"].tolist() == [1951, 1952] and found["b"].tolist() == [1951]  # mean of 1 900 and 2 000, + seed
+    assert found["a"].tolist() == [1901, 1902] and found["b"].tolist() == [1901]  # 1 800, 1 900, 2 000, + seed
 
 
 def rank(a, b) -> int:
@@ -253,7 +253,41 @@ def test_a_seed_that_stopped_early(main, drawn, tmp_path, capsys):
     assert x == [100, 200, 300] and y == [200, 400, 600]
     assert sorted(line.get_xdata()[-1] for line in axis.get_lines()) == [300, 300, 1000, 1000]
     (table,) = main("ant-v4", "--figures", "time")
-    assert table[1][2:] == ["1000", "2 of 3", "1500 [-4853, 7853]", "1000, 2000"]  # 1500 +- 12.706 * 500
+    assert table[1][2:] == ["1000", "2 of 3", "1425 [-4610, 7460]", "950, 1900"]  # 1425 +- 12.706 * 475
+
+
+def test_folders_of_the_same_name_stay_apart(main, tmp_path):
+    """before/runs and after/runs, with the same seeds: two groups, not one of twice the seeds."""
+    for side, value in (("before", 1), ("after", 2)):
+        for seed in (1, 2):
+            folder = tmp_path / side / "runs" / f"Hopper-v4__sac_flow_g__{seed}"
+            write_run(folder, [(100, value)], seed=seed)
+    (table,) = main("before/runs", "after/runs", "--figures", "time")
+    assert [row[1:4] for row in table[1:]] == [["Flow-G after/runs", "100", "2"], ["Flow-G before/runs", "100", "2"]]
+
+
+def test_runs_of_versions_with_different_flags_are_named(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "Hopper-v4__sac_flow_g__1", [(100, 1)], seed=1)
+    write_run(tmp_path / "runs" / "Hopper-v4__sac_flow_g__2", [(100, 2)], seed=2, new_flag=3)
+    assert len(records.read([tmp_path])) == 2
+    assert "Flow-G on Hopper-v4: its runs are of versions with different flags" in capsys.readouterr().err
+
+
+def test_a_flag_of_the_data_sets_runs_apart(main, tmp_path):
+    for steps in (2500, 5000):
+        folder = tmp_path / "runs" / f"lift__{steps}"
+        write_run(folder, [(100, steps)], env_id="lift", velocity="gated", offline_steps=steps)
+    (table,) = main("runs", "--figures", "time")
+    assert [row[1] for row in table[1:]] == ["Flow-G offline-steps=2500", "Flow-G offline-steps=5000"]
+
+
+def test_runs_of_the_ablation_and_of_sbx_are_read(main, tmp_path):
+    for variant in ("plain", "authors"):
+        write_run(tmp_path / "runs" / f"Ant-v4__ablation__variant={variant}__1", [(100, 1)], variant=variant)
+    write_run(tmp_path / "runs" / "Hopper-v4__train_sbx__1", [(100, 2)], seed=1)
+    (table,) = main("runs", "--figures", "time")
+    names = ["Ablation variant=authors", "Ablation variant=plain", "CrossQ (sbx)"]
+    assert sorted(row[1] for row in table[1:]) == names
 
 
 def test_short_training_runs_are_drawn(main, drawn, tmp_path):

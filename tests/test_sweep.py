@@ -1,7 +1,9 @@
 """Sweeps: what runs and what does not run again, death of workers and processes, Ctrl-C, the table, bad input."""
 
 import csv
+import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -182,6 +184,36 @@ def test_no_second_writer_and_a_fresh_start_without_a_checkpoint(tmp_path):
     thread.join(100)
     assert results == [("finished", "")] and len(starts(folder)) == 1 and not (folder / "old").exists()
     assert sweep.train(run, {}) == ("finished", "") and len(starts(folder)) == 1  # a retry of what has ended
+
+
+def test_results_without_a_checkpoint_are_kept(tmp_path):
+    """Someone removed the checkpoint, which is large: what the run found is moved aside."""
+    folder = tmp_path / "runs" / "some" / "run"
+    folder.mkdir(parents=True)
+    (folder / "policy.pt").write_text("found")
+    run = sweep.Run(command("sac_flow_g", "--env-id", ENV, *FLAGS, "--total-timesteps", 130)[1:], folder, 130)
+    assert sweep.train(run, {}) == ("finished", "")
+    (aside,) = folder.parent.glob("run.*.old")
+    assert (aside / "policy.pt").read_text() == "found" and (folder / "checkpoint.pt").exists()
+
+
+def test_flags_beside_a_file_are_added_to_its_own(main, tmp_path, capsys):
+    own = {"name": "x", "scripts": ["sac_flow_g"], "env_ids": [ENV], "seeds": [1], "flags": [""]}
+    (tmp_path / "sweep.json").write_text(json.dumps(own | {"every_run": "--total-timesteps 7000 --gamma 0.9"}))
+    assert not main("--file", "sweep.json", "--name", "y", "--gamma", 0.8, "--dry-run")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "--total-timesteps 7000 --gamma 0.9 --gamma 0.8" in line and "y/" in line
+
+
+def test_the_readmes_ablation_can_start(main, capsys):
+    """Its command, as a dry run: each variant's flags are the program's."""
+    readme = (ROOT / "benchmark" / "README.md").read_text()
+    (block,) = re.findall(r"```sh\n(python benchmark/sweep.py --name ablation.*?)```", readme, re.S)
+    words = shlex.split(block.replace("\\\n", " "))[2:]
+    assert not main(*words, "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    variants = words[words.index("--flags") + 1 :]
+    assert len(variants) > 2 and len(lines) == len(set(lines)) == 2 * len(variants)  # of two seeds
 
 
 def test_dry_run(main, tmp_path, capsys):

@@ -7,19 +7,23 @@ the one before it, or takes one away, so that a run shows which of them makes gr
     sigma            + sigma(s, A, t) from the velocity's hidden layer; noise without sqrt(dt), and no score
     renorm           + BatchRenorm over (s, A) in place of s
     time             + BatchRenorm over (s, A, t): the number t in place of its sines and cosines beside
-    authors          + their network, ReLU 2 x 512 with LeCun's initialisation and no encoder: their naive control
+    authors          + their network, ReLU 2 x 512 with LeCun's initialisation and no encoder: their naive control, but
+                     for alpha, learning rates, batch and critics, which are flags
     authors-no-time  authors, the number t beside their BatchRenorm
     flow-g           sac_flow_g.py with --entropy path
-    flow-g-time      flow-g with BatchRenorm over (s, t): the number t in place of its sines and cosines beside
+    flow-g-renorm    flow-g with BatchRenorm over (s, A), which the authors' Flow-G has, too
+    flow-g-time      flow-g with BatchRenorm over (s, A, t): the number t in place of its sines and cosines beside
     clipped          plain, the same forward pass, and a backward pass in which no |dL/dA_i| exceeds |dL/dA_{i+1}|
     authors-clipped  authors with that backward pass
 
     python benchmark/controls/ablation.py --variant renorm --env-id Ant-v4
 
 Flags, files, --resume and --evaluate are those of sac_flow_naive.py, whose main() trains. --velocity-dim is the width
-of the velocity's hidden layers, in Flow-G of gate and candidate together. A run also leaves norms.csv: the mean of
-|dL/dA_i| over a batch, normalised by the batch, as the actor's update sees it, and by the running statistics, as the
-acting policy is.
+of the velocity's hidden layers, in Flow-G of gate and candidate together. In all variants the actor's BatchRenorm
+switches after --renorm-warmup / --flow-steps updates of the actor, as the authors' does, which sees a batch at each of
+the K steps. A run also leaves norms.csv: mean, median and largest |dL/dA_i| of a batch, normalised by the batch, as the
+actor's update sees it, and by the running statistics, as the acting policy is; of a limited backward pass also free,
+what the batch's would be without the limit.
 """
 
 import copy
@@ -28,6 +32,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Optional
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +141,23 @@ class Stepwise:
         return torch.tanh(end) * self.scale + self.bias, log_prob.sum(1)
 
 
+class TheirRenorm(naive.BatchRenorm):
+    """BatchRenorm as the authors have it: a feature that is constant within a batch is 0 after the switch, too.
+
+    They shift by d times the batch's own deviation; here d counts whole, whatever the deviation is.
+    """
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        with torch.no_grad():
+            var, mean = torch.var_mean(x, dim=0, correction=0)
+            d = ((mean - self.running_mean) / torch.sqrt(self.running_var + self.eps)).clamp(-self.d_max, self.d_max)
+            d = torch.where(self.batches >= self.warmup, d, 0.0)
+            too_much = d * (1 - torch.sqrt(var / (var + self.eps)))
+        return super().forward(x) - self.weight * too_much
+
+
 def bounded(log_sigma):
     """exp of a network's output bounded to [-5, 2], as in the scripts."""
     return torch.exp(-1.5 + 3.5 * torch.tanh(log_sigma))
@@ -199,7 +221,7 @@ class Renorm(Sigma):
 
 
 class Time(Renorm):
-    """`Renorm` with t under it: constant within a batch, it is 0 in training, and up to +-12 by running statistics."""
+    """`Renorm` with t under it: constant within a batch, it is 0 in training, and up to +-12 in acting."""
 
     under = "sAt"
 
@@ -253,21 +275,38 @@ class AuthorsClipped(Authors):
     clipped = True
 
 
-class FlowGTime(Stepwise, flow_g.Actor):
-    """sac_flow_g.py's actor with t under the BatchRenorm."""
+class FlowGRenorm(Stepwise, flow_g.Actor):
+    """sac_flow_g.py's actor with A under the BatchRenorm; the gate's -A stays as it is."""
 
-    under = "st"
+    under = "sA"
 
     def __init__(
         self, obs_dim: int, action_low, action_high, *, dim: int = 256, renorm=lambda dim: nn.Identity(), **sizes
     ):  # fmt: skip
         super().__init__(obs_dim, action_low, action_high, dim=dim, **sizes)
-        self.norm = renorm(obs_dim + 1)
-        self.velocity_net.from_time = number(self.velocity_net.from_obs.in_features + self.action_dim + 1, 2 * dim)
+        self.norm = renorm(sum({"s": obs_dim, "A": self.action_dim, "t": 1}[name] for name in self.under))
 
     def velocity_and_sigma(self, t, a, shared):
-        obs, a, t = self.inputs(t, a, shared)
-        return self.velocity_net(t, a, self.velocity_net.encode(self.encoder(obs))), bounded(self.sigma_net(obs))
+        obs, normalised, t = self.inputs(t, a, shared)
+        features = self.velocity_net.encode(self.encoder(obs))
+        # v = g (vhat - A) with g and vhat of the normalised A: the network subtracts what it is given.
+        v = self.velocity_net(t, normalised, features)
+        return v + self.gate(t, normalised, features) * (normalised - a), bounded(self.sigma_net(obs))
+
+    def gate(self, t, a, features):
+        """Flow-G's gate g, (B, D)."""
+        hidden = F.silu(features + self.velocity_net.from_action(a) + self.velocity_net.from_time(t))
+        return torch.sigmoid(self.velocity_net.gate(hidden.chunk(2, dim=-1)[0]))
+
+
+class FlowGTime(FlowGRenorm):
+    """`FlowGRenorm` with t under the BatchRenorm, too."""
+
+    under = "sAt"
+
+    def __init__(self, obs_dim: int, action_low, action_high, *, dim: int = 256, **sizes):
+        super().__init__(obs_dim, action_low, action_high, dim=dim, **sizes)
+        self.velocity_net.from_time = number(self.velocity_net.from_obs.in_features + self.action_dim + 1, 2 * dim)
 
 
 VARIANTS = {
@@ -278,6 +317,7 @@ VARIANTS = {
     "authors": Authors,
     "authors-no-time": AuthorsNoTime,
     "flow-g": flow_g.Actor,
+    "flow-g-renorm": FlowGRenorm,
     "flow-g-time": FlowGTime,
     "clipped": Clipped,
     "authors-clipped": AuthorsClipped,
@@ -303,14 +343,15 @@ class Progress(naive.Progress):
     rows: dict = field(
         default_factory=lambda: {
             **naive_progress().rows,
-            "norms.csv": [["step", "statistics", "i", "grad_norm", "seconds"]],
+            "norms.csv": [["step", "statistics", "i", "grad_norm", "median", "largest", "seconds"]],
         }
     )
 
 
 def parse_args() -> tuple[Args, Optional[dict]]:
     """As the script's; stops the program if a flag would undo what a variant is."""
-    args, checkpoint = naive_parse_args()
+    with mock.patch.multiple(naive, Args=Args, __doc__=__doc__):  # sweep.py calls this without main()
+        args, checkpoint = naive_parse_args()
     if not args.crossq:
         naive.fail("--no-crossq leaves no BatchRenorm, which the variants are about: drop the flag")
     if args.norms_every < 0:
@@ -328,11 +369,15 @@ def parse_args() -> tuple[Args, Optional[dict]]:
 
 def make_actor(args: Args, obs_dim: int, action_low, action_high) -> naive.Actor:
     """The actor of the variant."""
+    kind = VARIANTS[args.variant]
     dim = args.velocity_dim // 2 if args.variant.startswith("flow-g") else args.velocity_dim
-    return VARIANTS[args.variant](
+    actor = kind(
         obs_dim, action_low, action_high, flow_steps=args.flow_steps, score_step=args.score_step,
-        entropy="path", sigma_dim=args.sigma_dim, encoder_dim=args.encoder_dim, renorm=naive.renorm_of(args), dim=dim,
+        entropy="path", sigma_dim=args.sigma_dim, encoder_dim=args.encoder_dim, dim=dim,
+        renorm=naive.BatchRenorm if getattr(kind, "under", "s") == "s" else TheirRenorm,
     )  # fmt: skip
+    actor.norm.warmup = args.renorm_warmup // args.flow_steps * batches_per_update(actor)
+    return actor
 
 
 def batches_per_update(actor: naive.Actor) -> int:
@@ -345,28 +390,28 @@ def make_networks(args: Args, env, device: torch.device):
     networks = naive_make_networks(args, env, device)
     actor, _, critics, _, buffer = networks
     Run.measured = actor, critics, buffer, env, device
-    batches = batches_per_update(actor)
-    seen = "a batch" if batches == 1 else f"{batches} batches"
-    actors_end = args.learning_starts + -(-args.renorm_warmup // batches) * args.actor_delay
+    updates = actor.norm.warmup // batches_per_update(actor)
+    actors_end = args.learning_starts + updates * args.actor_delay
     critics_end = args.learning_starts + args.renorm_warmup
     print(
-        f"the actor's BatchRenorm sees {seen} per update of the actor: its warm-up ends at step {actors_end},"
-        f" that of the critics' at step {critics_end}",
+        f"the warm-up of the actor's BatchRenorm ends at step {actors_end}, that of the critics' at step {critics_end}",
         file=sys.stderr,
     )
     return networks
 
 
 def gradient_norms(actor, critics, obs, noise, alpha, statistics: str):
-    """Mean over the batch of |dL/dA_i|, (K+1,), L the actor's loss, normalised by `statistics`: "batch" or "running".
+    """|dL/dA_i| of each observation, (K+1, B), L the actor's loss, normalised by `statistics`: "batch" or "running".
 
-    In copies, so that no running statistics move.
+    Or "free": by the batch, and no backward pass is limited. In copies, so that no running statistics move.
     """
-    actor = copy.deepcopy(actor).train(statistics == "batch")
+    actor = copy.deepcopy(actor).train(statistics != "running")
+    if statistics == "free":
+        actor.clipped = False
     critics = copy.deepcopy(critics).eval()
     loss, _, *path = naive.actor_loss(actor, critics, obs, noise.detach().requires_grad_(), alpha)
     gradients = torch.stack(torch.autograd.grad(len(obs) * loss, path))  # (K+1, B, D), the mean of the loss undone
-    return gradients.norm(dim=2).mean(1)
+    return gradients.norm(dim=2)
 
 
 class Run(naive.Run):
@@ -381,10 +426,12 @@ class Run(naive.Run):
         with self.paused(), naive.fork_random(self.args.seed + self.progress.step, device, env):
             obs, *_ = buffer.sample(self.args.batch_size)
             noise = actor.noise(self.args.batch_size)
-            norms = {kind: gradient_norms(actor, critics, obs, noise, alpha, kind) for kind in ("batch", "running")}
+            kinds = ["batch", "running", *(["free"] if getattr(actor, "clipped", False) else [])]
+            norms = {kind: gradient_norms(actor, critics, obs, noise, alpha, kind) for kind in kinds}
         for kind, values in norms.items():
-            for i, norm in enumerate(values.tolist()):
-                self.write_row("norms.csv", kind, i, f"{norm:.5g}")
+            for i, row in enumerate(values):
+                shown = (f"{number:.5g}" for number in (row.mean(), row.median(), row.max()))
+                self.write_row("norms.csv", kind, i, *shown)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ Needs: pip install -r requirements.txt -r benchmark/demonstrations/requirements.
 """
 
 import hashlib
-import importlib
 import json
 import logging
 import math
@@ -363,10 +362,7 @@ def minari_player(args: Args) -> Callable:
     import torch
 
     torch.set_num_threads(1)
-    known = gradient_norms.described(args.policy)
-    script = importlib.import_module(known["script"])
-    actor = script.load_policy(args.policy / "policy.pt")
-    env = script.make_env(known["env_id"])
+    script, actor, env = gradient_norms.policy_and_env(args.policy)
     scale = (env.action_space.high - env.action_space.low) / 2
 
     def play(seed: int) -> dict:
@@ -402,14 +398,13 @@ def write_minari(args: Args, parts: list[Path], out: Path) -> int:
             del arrays["failures"]
             yield EpisodeBuffer(id=i, **{**arrays, "seed": int(arrays["seed"])})
 
-    known = gradient_norms.described(args.policy)
-    script = importlib.import_module(known["script"])
-    about = f"{known['script']}.py, {args.policy.resolve().name}, stochastic, noise {args.noise:g}, seed {args.seed}"
+    script, _, env = gradient_norms.policy_and_env(args.policy)
+    about = f"{script.SCRIPT}.py, {args.policy.resolve().name}, stochastic, noise {args.noise:g}, seed {args.seed}"
     staging = out.parent / ".minari"  # hidden from Minari's own listing
     shutil.rmtree(staging, ignore_errors=True)
     os.environ["MINARI_DATASETS_PATH"] = str(staging)
     dataset = minari.create_dataset_from_buffers(
-        args.env_id, buffers(), env=script.make_env(known["env_id"]), algorithm_name="SAC Flow", description=about
+        args.env_id, buffers(), env=env, algorithm_name="SAC Flow", description=about
     )
     shutil.rmtree(out, ignore_errors=True)
     os.replace(staging / args.env_id, out)

@@ -14,7 +14,6 @@ entropy     mean of -log_prob, whichever entropy the policy counts, in nats
 Writes <out>/action_noise.csv.
 """
 
-import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,9 +91,8 @@ def main() -> None:
     rows = []
     for path in args.policies:
         known = gradient_norms.described(path)
-        script = importlib.import_module(known["script"])
-        actor = script.load_policy(path if path.suffix == ".pt" else path / "policy.pt")
-        with script.make_env(known["env_id"]) as env:
+        _, actor, env = gradient_norms.policy_and_env(path)
+        with env:
             rows.append(dict(policy=path.name, **known, **measure(actor, states_of(actor, env))))
     gradient_norms.write(args.out / "action_noise.csv", rows)
 

@@ -152,16 +152,31 @@ def at_initialisation(args: Args):
                         yield dict(script=name, K=k, weight_scale=scale, seed=seed, **row)
 
 
-def described(run: Path) -> dict:
-    """Script, environment, K and seed of a run or a policy file; stops the program if it is none of ours."""
+def policy_state(run: Path) -> dict:
+    """The policy.pt of a run, or a policy file; stops the program if it is none of ours."""
     with explained(f"{run} is not the folder of a run that has saved its policy.pt, such as runs/<name>"):
         file = run if run.suffix == ".pt" else run / "policy.pt"
         state = torch.load(file, map_location="cpu", weights_only=True)
         name = state["script"]
-        args = state["args"]
     if name not in NAMES:
         fail(f"{run} is a run of {name}, not of {', '.join(NAMES)}")
-    return dict(script=name, env_id=args["env_id"], K=args["flow_steps"], seed=args["seed"])
+    return state
+
+
+def described(run: Path) -> dict:
+    """Script, environment, K and seed of a run or a policy file."""
+    state = policy_state(run)
+    args = state["args"]
+    return dict(script=state["script"], env_id=args["env_id"], K=args["flow_steps"], seed=args["seed"])
+
+
+def policy_and_env(run: Path):
+    """The script of a run or policy file, its actor, and the environment as that saw it in evaluations."""
+    state = policy_state(run)
+    script = importlib.import_module(state["script"])
+    env = script.make_env(state["args"]["env_id"], state["args"]["max_episode_steps"])
+    script.set_running_statistics(env, state["statistics"], frozen=True)
+    return script, script.build_policy(state), env
 
 
 def through_training(run: Path):

@@ -209,8 +209,9 @@ def child(job: dict) -> None:
             run_script(job, [*flags, "--no-compile", "--no-cuda"], count)
         flop = (totals[1] - totals[0]) / 6
 
-    value = dict(zip(flags[::2], flags[1::2], strict=False))
-    width, batch = int(value.get("--critic-dim", 256)), int(value.get("--batch-size", 256))
+    width, batch = (
+        int(flags[flags.index(name) + 1]) if name in flags else 256 for name in ("--critic-dim", "--batch-size")
+    )
     if precision := getattr(sys.modules[job["script"]], "matmul_precision", None):  # the oldest versions: "highest"
         bf16 = ["--bf16" in flags][: precision.__code__.co_argcount - 1]  # a flag of older versions
         torch.set_float32_matmul_precision(precision(torch.device(job["device"]), *bf16))
@@ -273,6 +274,8 @@ def main() -> None:
                 done = subprocess.run(
                     [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True
                 )
+                if done.returncode < 0:
+                    fail(f"{script} with {flags.strip() or 'its defaults'}: killed by signal {-done.returncode}")
                 if done.returncode:
                     fail(f"{script} with {flags.strip() or 'its defaults'}: {done.stderr.strip().splitlines()[-1]}")
                 rows.append(json.loads(done.stdout.strip().splitlines()[-1]))

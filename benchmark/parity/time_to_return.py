@@ -120,12 +120,8 @@ def table(runs: dict[str, list[tuple[Optional[float], float]]], speeds: dict[str
         ordered = sorted((reached is None, reached or length) for reached, length in seeds)
         steps = [f"{'> ' if never else ''}{step:.0f}" for never, step in ordered]
         minutes = [f"{'> ' if never else ''}{step / speeds[name] / 60:.1f}" for never, step in ordered]
-        if len(ordered) % 2 or ordered[len(ordered) // 2][0]:  # the middle one, or it is a bound
-            middle = minutes[(len(ordered) - 1) // 2]
-            if ordered[len(ordered) // 2][0]:
-                middle = "> " + middle.removeprefix("> ")
-        else:
-            middle = f"{median(step / speeds[name] / 60 for _, step in ordered):.1f}"
+        (_, low), (never, high) = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+        middle = f"> {low / speeds[name] / 60:.1f}" if never else f"{(low + high) / 2 / speeds[name] / 60:.1f}"
         lines.append(f"| {name} | {speeds[name]:.1f} | {', '.join(steps)} | {', '.join(minutes)} | {middle} |")
     return "\n".join(lines)
 

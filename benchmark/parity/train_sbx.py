@@ -176,7 +176,7 @@ class Recorder(BaseCallback):
             lengths.append(info["episode"]["l"])
         self.model.key = key
         self.clock += time.time() - began
-        error = np.std(returns) / math.sqrt(len(returns))
+        error = np.std(returns) / math.sqrt(max(len(returns) - 1, 1))
         scores = [f"{value:.5g}" for value in (np.mean(returns), error, np.mean(lengths))]
         self.write("eval.csv", self.num_timesteps, kind, *scores, len(returns), self.seconds())
         print(f"step {self.num_timesteps}, {kind}: return {scores[0]} +- {scores[1]}, length {scores[2]}", flush=True)
