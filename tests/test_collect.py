@@ -5,9 +5,13 @@ import subprocess
 import time
 
 import collect
+import gradient_norms
 import numpy as np
 import pytest
+import torch
 from helpers import SMALL, command
+
+import sac_flow_g as script
 
 LIFT = ["--env-id", "lift", "--episodes", 3, "--workers", 1]
 
@@ -197,6 +201,22 @@ def test_minari_loads_what_a_policy_played(start, tmp_path, monkeypatch):
     scale = env.action_space.high
     expected = 0.2 * scale * np.random.default_rng((int(metadata["seed"]), 1)).standard_normal(1)
     np.testing.assert_allclose(noisy["actions"][0] - quiet["actions"][0], expected, atol=1e-5)
+
+
+def test_a_policy_is_played_as_its_evaluations_saw_the_environment(start, tmp_path):
+    """With the run's statistics of a normalising wrapper, frozen, and its limit of steps; an episode is its seed's."""
+    flags = ["--env-id", "tiny_envs:Normalized-v0", "--learning-starts", 60, "--total-timesteps", 80]
+    assert start(*flags, *SMALL, "--max-episode-steps", 7, name="sac_flow_g").returncode == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    play = collect.minari_player(collect.Args(env_id="some/home/x-v0", policy=run, noise=0.0))
+    first = play(3)
+    assert len(first["actions"]) <= 7
+    play(4)
+    again = play(3)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    saved = torch.load(run / "policy.pt", weights_only=True)["statistics"]
+    *_, env = gradient_norms.policy_and_env(run)
+    assert [float(state["count"]) for state in script.running_statistics(env)] == [entry["count"] for entry in saved]
 
 
 @pytest.mark.parametrize(
