@@ -411,6 +411,10 @@ def print_evaluations(env: str, groups: dict[str, list[Run]]) -> None:
 
 def show_statistics(found: dict[str, dict[str, np.ndarray]], style: Style, args: Args) -> None:
     """Figures and tables over environments; `found` is environment -> name -> scores."""
+    if "improvement" in args.figures:  # within an environment: it needs no scale
+        decided = [(env, a, word, b) for env, groups in found.items() for (a, b), word in adastop(groups).items()]
+        if decided:
+            markdown(("environment", "", "AdaStop", ""), *decided)
     values = matrices(found)
     if not values:
         return
@@ -429,8 +433,6 @@ def show_statistics(found: dict[str, dict[str, np.ndarray]], style: Style, args:
         colors = {pair: style.color(a) for pair, (a, _) in zip(rows, pairs, strict=True)}
         draw_intervals({"probability of improvement": rows}, args.out, "improvement", colors)
         markdown(("", "probability [95 %]"), *((pair, cell(*row, 2)) for pair, row in rows.items()))
-        decided = [(env, a, word, b) for env, groups in found.items() for (a, b), word in adastop(groups).items()]
-        markdown(("environment", "", "AdaStop", ""), *decided)
 
 
 def main() -> None:

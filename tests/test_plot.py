@@ -181,6 +181,14 @@ def test_adastop_needs_seeds_and_ends():
     assert plot.adastop(same) == {("a", "b"): "not told apart"}
 
 
+def test_adastop_needs_no_scale(main, drawn, tmp_path):
+    for seed in range(1, 6):
+        write(tmp_path / "own-v0" / f"sac_flow_g_seed{seed}_eval.csv", [(100, 100 + seed)])
+        write(tmp_path / "own-v0" / f"sac_flow_t_seed{seed}_eval.csv", [(100, seed)])
+    *_, table = main("own-v0", "--figures", "improvement")
+    assert table == [["environment", "", "AdaStop", ""], ["own-v0", "Flow-G", ">", "Flow-T"]]
+
+
 def test_scaling_and_what_all_have(capsys):
     """D4RL's ranges. Left out: environments that an algorithm lacks, or without a range; seeds that not all have."""
     assert plot.scaled(np.array([-20.272305, 3234.3]), "Hopper-v4").tolist() == [0, 1]
