@@ -414,7 +414,7 @@ def show_statistics(found: dict[str, dict[str, np.ndarray]], style: Style, args:
     if "improvement" in args.figures:  # within an environment: it needs no scale
         decided = [(env, a, word, b) for env, groups in found.items() for (a, b), word in adastop(groups).items()]
         if decided:
-            markdown(("environment", "", "AdaStop", ""), *decided)
+            markdown(("environment", "A", "AdaStop", "B"), *decided)
     values = matrices(found)
     if not values:
         return

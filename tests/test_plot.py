@@ -186,7 +186,7 @@ def test_adastop_needs_no_scale(main, drawn, tmp_path):
         write(tmp_path / "own-v0" / f"sac_flow_g_seed{seed}_eval.csv", [(100, 100 + seed)])
         write(tmp_path / "own-v0" / f"sac_flow_t_seed{seed}_eval.csv", [(100, seed)])
     *_, table = main("own-v0", "--figures", "improvement")
-    assert table == [["environment", "", "AdaStop", ""], ["own-v0", "Flow-G", ">", "Flow-T"]]
+    assert table == [["environment", "A", "AdaStop", "B"], ["own-v0", "Flow-G", ">", "Flow-T"]]
 
 
 def test_scaling_and_what_all_have(capsys):
