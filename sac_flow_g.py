@@ -145,7 +145,7 @@ class Args:
     """how the score is integrated, which for the velocity of a true flow keeps the marginals; euler is the paper's"""
     # Frozen averages near 60 000 steps, path against last step: Ant-v4 806 and 2 371 (one seed), HalfCheetah-v4 7 376
     # and 6 231 against 6 626 and 7 116. Hopper-v4 learns later with the last step's: 1 616 and 483 at step 36 000 (one
-    # seed); seed 4, which had no part in the choice, reached 3 108 at step 50 000.
+    # seed); seeds 4 and 5, which came after the choice, reached 3 108 and 3 216 at step 50 000.
     entropy: Literal["last-step", "path"] = "last-step"
     """whose entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper"""
     sigma_dim: int = 256
