@@ -92,7 +92,7 @@ class Args:
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
     """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt; from
-    the starts of the run's own evaluations, unless another --seed is given"""
+    the starts of the run's own evaluations, unless a --seed far from its own is given"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -127,8 +127,8 @@ class Args:
     alpha: float = 0.02
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: Optional[float] = None
-    """target of the policy's entropy in nats, of all dimensions together; default: -1 per dimension of actions in
-    [-1, 1], or with --entropy path what a sigma of 0.46 gives"""
+    """target of the policy's entropy in nats, of all dimensions together; default: the policy's own, -1 per dimension
+    of actions in [-1, 1]"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
@@ -142,12 +142,13 @@ class Args:
     # With a constant sigma the exponential step stood at 1 041 and 396 on Hopper-v4 after 60 000 steps, with sigma
     # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
-    """how the score is integrated, which for the velocity of a true flow keeps the marginals; euler is the paper's"""
+    """how the score (which keeps the marginals of a true flow) is integrated; euler is the paper's"""
     # Frozen averages near 60 000 steps, path against last step: Ant-v4 806 and 2 371 (one seed), HalfCheetah-v4 7 376
     # and 6 231 against 6 626 and 7 116. Hopper-v4 learns later with the last step's: 1 616 and 483 at step 36 000 (one
     # seed); seeds 4 and 5, which came after the choice, reached 3 108 and 3 216 at step 50 000.
     entropy: Literal["last-step", "path"] = "last-step"
-    """whose entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper"""
+    """whose entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper, whose
+    default target is then what a sigma of 0.46 gives"""
     sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
     # On HalfCheetah-v4 at 60 000 steps Flow-G returned 7 376 and 6 231 with it, 5 932 and 5 555 without (two seeds,
@@ -206,7 +207,7 @@ class Actor(nn.Module):
     """Flow policy: K noisy steps along a velocity network, then tanh to the action bounds.
 
     Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
-    bounds, `renorm` is a factory dim -> module that normalises observations, `velocity` holds the sizes of `Velocity`.
+    bounds, `renorm` is a factory dim -> module that normalises observations, `velocity` is passed to `Velocity`.
     """
 
     def __init__(
@@ -812,7 +813,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}, which bounds the policy's; lower it, or --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds it; lower it, or --no-autotune")
     return target
 
 
@@ -1188,7 +1189,7 @@ def running_statistics(env: gym.Env) -> list[dict]:
 
 
 def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
-    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they do not move then."""
+    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they no longer update."""
     for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
         seen.mean = state["mean"].numpy().copy()
         seen.var = state["var"].numpy().copy()

@@ -164,7 +164,7 @@ class Args:
     """learning rate of the actor"""
     beta: Optional[float] = None
     """offline weight of the mean square of a_theta - a_data, in units of the bounds; default: the paper's for the task,
-    100 where it has none"""
+    lift's for other tasks of robosuite, else 100"""
     online_beta: Optional[float] = None
     """the same online, where a_data is what the batch holds: of the data or of the policy's own experience"""
     # Measured on lift, Flow-G, 2 500 updates offline and 5 000 steps online, seeds 1 to 3, 50 episodes each, success
@@ -185,7 +185,7 @@ class Args:
     flow_steps: int = 4
     """K, steps from noise to action"""
     score_step: Literal["exponential", "euler", "none"] = "exponential"
-    """how the score is integrated, which for the velocity of a true flow keeps the marginals; euler is the paper's"""
+    """how the score (which keeps the marginals of a true flow) is integrated; euler is the paper's"""
     sigma: float = 0.1
     """noise scale of the rollout at the start, or always with --no-learn-sigma; one for every loss, phase and action"""
     learn_sigma: bool = True
@@ -386,8 +386,8 @@ class Actor(nn.Module):
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
 
-        Both steps with the score (t v - a) / (1 - t) of the linear path's marginal keep the marginals those of the flow
-        without noise, for the velocity of a true flow and K large. Euler's, the paper's, overshoots where sigma is
+        For the velocity of a true flow and large K, both steps with the score (t v - a) / (1 - t) of the linear path's
+        marginal leave the marginals as they are without noise. Euler's, the paper's, overshoots where sigma is
         large. The exponential one has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within the step and
         solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the derivation).
         """
@@ -662,7 +662,7 @@ def main() -> None:
     total = args.offline_steps + args.online_steps
     files = checkpoint["progress"]["files"] if checkpoint else [str(path.resolve()) for path in find_dataset(args)]
     if checkpoint:
-        about_data = checkpoint["progress"]["about_data"]
+        about_data = checkpoint["progress"]["data_statistics"]
     else:
         parts = []
         for file in reversed(files or [None]):  # all are checked before the work, the first is kept
@@ -707,7 +707,7 @@ def main() -> None:
         eval_env = rescaled(eval_env, actor)
     run = Run(args, total, checkpoint, files)
     progress = run.progress
-    progress.about_data = about_data
+    progress.data_statistics = about_data
 
     jit = find_compiler(device) if args.compile else unchanged
     graph = CudaGraph if args.compile and args.cuda else unchanged
@@ -1023,7 +1023,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}, which bounds the policy's; lower it, or --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds it; lower it, or --no-autotune")
     return target
 
 
@@ -1039,7 +1039,7 @@ class Progress:
     """time spent training, without evaluations"""
     files: list = field(default_factory=list)
     """the files that hold the data"""
-    about_data: dict = field(default_factory=dict)
+    data_statistics: dict = field(default_factory=dict)
     """the `data_statistics` of the first of them; rows of the largest, bounds of actions over all"""
     rows: dict = field(
         default_factory=lambda: {
@@ -1397,7 +1397,7 @@ def running_statistics(env: gym.Env) -> list[dict]:
 
 
 def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
-    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they do not move then."""
+    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they no longer update."""
     for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
         seen.mean = state["mean"].numpy().copy()
         seen.var = state["var"].numpy().copy()
@@ -1885,8 +1885,8 @@ def success_interval(successes: int, episodes: int) -> tuple[float, float]:
 def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     """Play episodes, reset with seed + 0, 1, ...; `act` maps obs (obs_dim,) to a chunk (h D,), both numpy.
 
-    Returns the means that SCORES names: success_rate with its 95 % interval (NaN if no episode says whether it was one;
-    else one that does not was none), return, its standard error, and length.
+    Returns the means that SCORES names: success_rate with its 95 % interval (NaN if no episode reports success or
+    failure; otherwise an episode that reports neither counts as a failure), return, its standard error, and length.
     """
     returns = []
     lengths = []

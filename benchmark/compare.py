@@ -6,7 +6,7 @@ A and B are folders of runs, or of benchmark/results/, with the same environment
 and for the speed from the same machine, as idle. The return of a run is its mean over the last tenth of the steps that
 both have reached, its speed that of their second half, which leaves compilation out. Intervals are Welch's, of the
 difference of means: of returns, and of the logarithms of the speeds. Their upper ends alone decide: with m of them each
-has confidence 1 - 2 (1 - 0.95) / m, so that a false alarm is as likely as one in twenty, or less, in all together.
+has confidence 1 - 2 (1 - 0.95) / m, so that the chance of any false alarm is at most one in twenty.
 """
 
 import math

@@ -185,6 +185,8 @@ def adastop(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], str]:
     tells apart twice as many as its level says (55 of 600 at 0.05 with one look), so it is given half of it.
     """
     names = list(scores)
+    if len(names) < 2:
+        return {}
     looks = min(LOOKS, min(map(len, scores.values())) // SEEDS_PER_LOOK)
     pairs = list(itertools.combinations(range(len(names)), 2))
     words = {

@@ -218,10 +218,12 @@ def set_variants(runs: list[Run]) -> None:
             run.variant.append(run.root.resolve().name if distinct else str(run.root))
     versions = defaultdict(set)
     for run in runs:
-        versions[run.env, run.name].add(tuple(sorted(run.flags)))
+        if run.flags:  # those of files without args.json are not known
+            versions[run.env, run.name].add(frozenset(run.flags))
     for (env, name), known in versions.items():
         if len(known) > 1:
-            note(f"{name} on {env}: its runs are of versions with different flags, and count as one")
+            differing = ", ".join(sorted(frozenset.union(*known) - frozenset.intersection(*known)))
+            note(f"{name} on {env}: its runs are of versions with different flags ({differing}), and count as one")
 
 
 def unique(runs: list[Run]) -> list[Run]:

@@ -107,7 +107,8 @@ def parse_args() -> tuple[Args, list[str]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--file {args.file} is no sweep.json ({error}): name that of a sweep's folder")
         args, common = read_flags(Args, __doc__, default=default, return_unknown_args=True)
-        common = [*common_of_file, *common]  # of a flag that is given twice the last one counts
+        if common != common_of_file:
+            common = [*common_of_file, *common]  # of a flag that is given twice the last one counts
     for name in ("scripts", "env_ids", "seeds", "flags"):
         values = getattr(args, name)
         if not values or len(set(values)) < len(values):

@@ -53,7 +53,7 @@ def split(text: str) -> list[tuple[str, str]]:
 def blocks() -> list[str]:
     """Patterns of what sac_flow_offline2online.py shares: functions, classes and methods, and the rollout's body."""
     functions = [rf"(?:^@contextlib.contextmanager\n)?^(?:def|class) {name}\b.*?(?=\n\n\n)" for name in FUNCTIONS]
-    methods = [rf"^    def {name}\(.*?(?=\n\n)" for name in METHODS]
+    methods = [rf"^    def {name}\(.*?(?=\n\n    (?:def|@)|\n\n\n)" for name in METHODS]
     return [*functions, *methods, r"^        path, log_deviations.*?(?=\n\n)"]
 
 

@@ -185,6 +185,7 @@ def test_adastop_needs_no_scale(main, drawn, tmp_path):
     for seed in range(1, 6):
         write(tmp_path / "own-v0" / f"sac_flow_g_seed{seed}_eval.csv", [(100, 100 + seed)])
         write(tmp_path / "own-v0" / f"sac_flow_t_seed{seed}_eval.csv", [(100, seed)])
+    assert main("own-v0", "--figures", "improvement", "--only", "sac_flow_g")  # one algorithm: nothing to compare
     *_, table = main("own-v0", "--figures", "improvement")
     assert table == [["environment", "A", "AdaStop", "B"], ["own-v0", "Flow-G", ">", "Flow-T"]]
 

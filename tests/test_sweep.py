@@ -203,6 +203,8 @@ def test_flags_beside_a_file_are_added_to_its_own(main, tmp_path, capsys):
     assert not main("--file", "sweep.json", "--name", "y", "--gamma", 0.8, "--dry-run")
     (line,) = capsys.readouterr().out.splitlines()
     assert "--total-timesteps 7000 --gamma 0.9 --gamma 0.8" in line and "y/" in line
+    assert not main("--file", "sweep.json", "--total-timesteps", 7000, "--gamma", 0.9, "--dry-run")  # the same again
+    assert capsys.readouterr().out.count("--gamma") == 1
 
 
 def test_the_readmes_ablation_can_start(main, capsys):

@@ -3,14 +3,14 @@
 The authors' naive control differs from their Flow-G in more than the gate. Each variant adds one of the differences to
 the one before it, or takes one away, so that a run shows which of them makes gradients grow or returns collapse:
 
-    plain            sac_flow_naive.py with --entropy path, as all below
+    plain            sac_flow_naive.py with --entropy path, but for the actor's warm-up (below), as all that follow
     sigma            + sigma(s, A, t) from the velocity's hidden layer; noise without sqrt(dt), and no score
-    renorm           + BatchRenorm over (s, A) in place of s
+    renorm           + BatchRenorm, with the authors' shift, over (s, A) in place of s
     time             + BatchRenorm over (s, A, t): the number t in place of its sines and cosines beside
     authors          + their network, ReLU 2 x 512 with LeCun's initialisation and no encoder: their naive control, but
                      for alpha, learning rates, batch and critics, which are flags
     authors-no-time  authors, the number t beside their BatchRenorm
-    flow-g           sac_flow_g.py with --entropy path
+    flow-g           sac_flow_g.py with --entropy path, but for the actor's warm-up
     flow-g-renorm    flow-g with BatchRenorm over (s, A), which the authors' Flow-G has, too
     flow-g-time      flow-g with BatchRenorm over (s, A, t): the number t in place of its sines and cosines beside
     clipped          plain, the same forward pass, and a backward pass in which no |dL/dA_i| exceeds |dL/dA_{i+1}|
@@ -326,10 +326,13 @@ VARIANTS = {
 
 @dataclass
 class Args(naive.Args):
-    """Flags of the command line: those of sac_flow_naive.py and two."""
+    """Flags of the command line: those of sac_flow_naive.py, two with other words, and two more."""
 
     entropy: Literal["path"] = "path"
     """whose entropy counts: that of the whole path, as in the paper"""
+    renorm_warmup: int = 100_000
+    """the critics' training batches for which a BatchRenorm is plain batch normalisation; the actor's is for a K-th as
+    many updates of the actor"""
     variant: Literal[tuple(VARIANTS)] = "plain"
     """what is trained: see above"""
     norms_every: int = 1_000

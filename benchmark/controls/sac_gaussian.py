@@ -92,7 +92,7 @@ class Args:
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
     """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt; from
-    the starts of the run's own evaluations, unless another --seed is given"""
+    the starts of the run's own evaluations, unless a --seed far from its own is given"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -127,8 +127,8 @@ class Args:
     alpha: float = 0.02
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: Optional[float] = None
-    """target of the policy's entropy in nats, of all dimensions together; default: -1 per dimension of actions in
-    [-1, 1], or with --entropy path what a sigma of 0.46 gives"""
+    """target of the policy's entropy in nats, of all dimensions together; default: the policy's own, -1 per dimension
+    of actions in [-1, 1]"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
@@ -685,7 +685,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}, which bounds the policy's; lower it, or --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds it; lower it, or --no-autotune")
     return target
 
 
@@ -1061,7 +1061,7 @@ def running_statistics(env: gym.Env) -> list[dict]:
 
 
 def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
-    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they do not move then."""
+    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they no longer update."""
     for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
         seen.mean = state["mean"].numpy().copy()
         seen.var = state["var"].numpy().copy()

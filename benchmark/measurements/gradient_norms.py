@@ -2,10 +2,10 @@
 
 For every velocity (plain, Flow-G, Flow-T) and rollout length K: the norm of dL/dA_i at each step of the rollout, and
 the largest singular values of the noise-free steps' Jacobians I + dt dv/dA_i and of their product, the linear map that
-carries the gradient from A_K back to A_0 where there is no score. At initialisation L = u . A_K with a random unit
-vector u, without the encoder; `--weight-scales` multiplies the velocity's weight matrices, as training may do. With
-`--runs`, also: the norms that training logged, and the Jacobians at each run's checkpoint, on observations of its
-replay buffer.
+carries the gradient from A_K back to A_0 where there is no score. At initialisation, Flow-T's as PyTorch has it and not
+the script's, L = u . A_K with a random unit vector u, without the encoder; `--weight-scales` multiplies the velocity's
+weight matrices, as training may do. With `--runs`, also: the norms that training logged, and the Jacobians at each
+run's checkpoint, on observations of its replay buffer.
 
     python benchmark/measurements/gradient_norms.py --out benchmark/results/gradients
     python benchmark/measurements/gradient_norms.py --runs runs/Hopper-v4__* --out benchmark/results/gradients
@@ -37,6 +37,7 @@ from sac_flow_g import explained, fail, flag, read_flags  # noqa: E402
 SCRIPTS = ("sac_flow_naive", "sac_flow_g", "sac_flow_t")
 NAMES = {script: records.NAMES[script] for script in SCRIPTS}
 COLORS = {script: records.COLORS[name] for script, name in NAMES.items()}
+AS_INITIALISED = {"sac_flow_t": dict(contractive=False)}  # PyTorch's start, not the script's
 
 
 @dataclass
@@ -141,8 +142,8 @@ def at_initialisation(args: Args):
                 for seed in range(args.seeds):
                     torch.manual_seed(seed)
                     bounds = [-1.0] * args.action_dim, [1.0] * args.action_dim
-                    steps = dict(flow_steps=k, score_step=args.score_step)
-                    actor = script.Actor(args.obs_dim, *bounds, encoder_dim=0, **steps)
+                    own = dict(flow_steps=k, score_step=args.score_step, **AS_INITIALISED.get(name, {}))
+                    actor = script.Actor(args.obs_dim, *bounds, encoder_dim=0, **own)
                     with torch.no_grad():
                         for weight in actor.velocity_net.parameters():
                             weight.mul_(scale if weight.ndim == 2 else 1)
@@ -172,8 +173,8 @@ def described(run: Path) -> dict:
 
 def policy_and_env(run: Path):
     """The script of a run or policy file, its actor, and the environment as that saw it in evaluations."""
-    state = policy_state(run)
-    script = importlib.import_module(state["script"])
+    script = importlib.import_module(policy_state(run)["script"])
+    state = script.load(run if run.suffix == ".pt" else run / "policy.pt", "obs_dim")
     env = script.make_env(state["args"]["env_id"], state["args"]["max_episode_steps"])
     script.set_running_statistics(env, state["statistics"], frozen=True)
     return script, script.build_policy(state), env
