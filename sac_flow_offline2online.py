@@ -282,10 +282,11 @@ class DecoderLayer(nn.Module):
 class DecodedVelocity(nn.Module):
     """Flow-T: v = W_o LN(Phi_L), Phi_L from decoder layers that read the observation.
 
-    Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token.
+    Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token. `contractive`: v starts near
+    -a, plus what observation and time add; else the rollout starts by passing all of A_0 on to the action.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, dim: int = 64, layers: int = 2):
+    def __init__(self, obs_dim: int, action_dim: int, dim: int = 64, layers: int = 2, contractive: bool = True):
         super().__init__()
         self.from_obs = nn.Linear(obs_dim, dim)
         self.from_action = nn.Linear(action_dim, dim)
@@ -293,6 +294,10 @@ class DecodedVelocity(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, action_dim)
+        if contractive:
+            nn.init.orthogonal_(self.from_action.weight)
+            with torch.no_grad():
+                self.out.weight.copy_(-self.from_action.weight.T)
 
     def encode(self, obs):
         """What the K steps share: (B, obs_dim) -> what each layer reads out of the observation token, (B, dim) each."""
@@ -958,7 +963,8 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     velocity = {
         "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
         "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
-        "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers),
+        # It is cloned first, so that its start matters less; that of the other script has not been measured here.
+        "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers, contractive=False),
     }[args.velocity]
     return Actor(
         obs_dim, action_low, action_high, chunk=args.chunk, velocity=velocity, flow_steps=args.flow_steps,

@@ -460,12 +460,13 @@ def test_flags_that_would_undo_a_variant(start, tmp_path, flags, words):
 
 
 def test_compiled_is_eager(start, tmp_path):
-    """The variant with both the limited backward pass and a BatchRenorm in the loop."""
-    flags = ["--variant", "authors-clipped", "--total-timesteps", 115]
+    """The gradients of the first update, half of which Adam keeps: its steps differ where a gradient is rounding alone."""
+    flags = ["--variant", "authors-clipped", "--total-timesteps", 101]
     eager, _ = run_of(start, tmp_path, "eager", *flags)
     compiled, done = run_of(start, tmp_path, "compiled", *flags, "--compile")
     assert "without it" not in done.stderr
     states = [checkpoint(folder) for folder in (eager, compiled)]
-    for part in ("actor", "critics"):
-        for name, value in states[0][part].items():
-            torch.testing.assert_close(states[1][part][name], value, rtol=1e-2, atol=1e-3, msg=f"{part}.{name}")
+    for optimizer in ("actor_optimizer", "critic_optimizer"):
+        averages = [[part["exp_avg"] for part in state[optimizer]["state"].values()] for state in states]
+        assert len(averages[0]) > 5 and sum(average.norm() for average in averages[0]) > 0.01
+        torch.testing.assert_close(averages[1], averages[0], rtol=1e-3, atol=1e-5)

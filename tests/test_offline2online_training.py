@@ -253,7 +253,7 @@ def test_an_episode_that_says_nothing_of_success_was_none_if_another_does(monkey
 
 def test_policy_sees_the_observation_and_is_deterministic_if_asked():
     actor = script.Actor(3, [-1, 0], [2, 4], chunk=3, sigma_dim=16).requires_grad_(False)
-    choose = script.compiled_policy(actor, tiny_envs.Recorded(), script.unchanged, script.unchanged)
+    choose = script.compiled_policy(actor, script.unchanged, script.unchanged)
     one, other = np.array([0.0, 1, 7], np.float32), np.array([1.0, 3, 7], np.float32)
     for obs in (one, other):
         expected = actor.act(torch.from_numpy(obs), deterministic=True).numpy()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,7 +169,9 @@ def test_controls_run_resume_and_evaluate_alike(tmp_path, control, start):
     assert start(*flags, end, name=control).returncode == 0
     folder = the_run(tmp_path)
     assert start("--resume", folder, "--total-timesteps", 150, name=control).returncode == 0
-    assert_same(checkpoint(folder), checkpoint(whole) | {"args": checkpoint(folder)["args"]})
+    extended = checkpoint(folder)
+    assert_same(extended, checkpoint(whole) | {name: extended[name] for name in ("args", "best", "rows")})
+    assert returns(folder) == returns(whole)
     done = start("--evaluate", folder, name=control)
     assert done.returncode == 0 and "deterministic: return" in done.stdout
     assert_refused(start("--evaluate", folder, name="sac_flow_g"), control, "sac_flow_g")
@@ -782,10 +785,10 @@ def test_interrupted_evaluation_says_so(tmp_path, start):
     assert start(*flags, "--total-timesteps", 30, "--eval-every", 0, name="sac_flow_g").returncode == 0
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     flags = command("sac_flow_g", "--evaluate", the_run(tmp_path), "--eval-episodes", 100_000)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell makes its background jobs deaf to it
     for _ in range(3):
-        process = subprocess.Popen(
-            flags, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(flags, cwd=tmp_path, env=environ, preexec_fn=heard, **pipes)
         assert "at step 30, 100000 episodes" in process.stdout.readline()
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
