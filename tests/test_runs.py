@@ -219,6 +219,18 @@ def test_measuring_leaves_training_as_it_is(script, main, monkeypatch):
     assert returns(measured) == returns(bare)
 
 
+def test_an_evaluations_error_is_that_of_the_sample(script):
+    """The root of the sample's variance over the episodes: of returns 1, 2 and 6 that is sqrt(7 / 3); of one, 0."""
+    ends = iter([1.0, 2.0, 6.0, 5.0])
+    space = SimpleNamespace(shape=(1,), low=-1, high=1, dtype="float32")
+    step = lambda action: (0, 0, True, False, {"episode": {"r": next(ends), "l": 1}})  # noqa: E731
+    env = SimpleNamespace(reset=lambda seed: (0, {}), step=step, action_space=space)
+    act = lambda obs: torch.zeros(1).numpy()  # noqa: E731
+    scores = script.evaluate(act, env, 3, seed=0)
+    assert scores["return"] == 3 and scores["return_error"] == pytest.approx((7 / 3) ** 0.5)
+    assert script.evaluate(act, env, 1, seed=0)["return_error"] == 0
+
+
 def test_evaluation_takes_no_time_of_the_run_and_keeps_the_best_policy(script, main, monkeypatch):
     found = iter([3.0, 5.0, 4.0, 9.0])  # at 70, 140 and 210 steps; the last is of sampled actions
     monkeypatch.setattr(
