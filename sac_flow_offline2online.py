@@ -265,8 +265,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm_memory, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_memory = nn.LayerNorm(dim)
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
         self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
 
     def encode(self, memory):
@@ -368,7 +370,8 @@ class Actor(nn.Module):
             raise ValueError(f"score_step must be exponential, euler or none, not {score_step}")
         self.normalizer = Normalizer(obs_dim)
         self.velocity_net = velocity(obs_dim, self.action_dim)
-        self.log_sigma, self.sigma_net = math.log(sigma), None
+        self.log_sigma = math.log(sigma)
+        self.sigma_net = None
         if learn_sigma:
             self.sigma_net = nn.Sequential(*mlp(obs_dim, sigma_dim, 2, self.action_dim, activation=nn.ReLU))
             nn.init.zeros_(self.sigma_net[-1].weight)
@@ -422,7 +425,8 @@ class Actor(nn.Module):
             raise ValueError(f"rollout takes obs (B, {self.obs_dim}) and noise {expected}, not {shapes}")
         features = self.velocity_net.encode(self.normalizer(obs))
         sigma = self.sigma(obs)
-        path, log_deviations = [noise[0]], []
+        path = [noise[0]]
+        log_deviations = []
         for i in range(self.flow_steps):
             v = self.velocity_net(i / self.flow_steps, path[i], features)
             mean, deviation = self.step(i, path[i], v, sigma)
@@ -628,12 +632,16 @@ class ReplayBuffer:
         """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
         return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
 
-    def refill(self, rows: torch.Tensor, added: int, online: int = 0) -> None:
-        """Put back what `filled` returned, after `added` transitions, `online` of them not from the data."""
+    def refill(self, rows: torch.Tensor, added: int) -> None:
+        """Put back what `filled` returned, after `added` transitions."""
         self.rows[: len(rows)].copy_(rows)
         self.added = added
         self.size.fill_(len(self))
-        self.data_size.fill_(added - online)
+
+    def fill(self, data: torch.Tensor) -> None:
+        """Start anew with rows of data."""
+        self.refill(data, len(data))
+        self.data_size.fill_(len(data))
 
 
 def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) -> list[torch.Tensor]:
@@ -650,7 +658,8 @@ def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) 
     # Play data goes on after a success; the environment would not have. Nor would rewards have come after it.
     reached = own * torch.cat([first, (1 - terminated)[:, :-1]], dim=1).cumprod(1)
     discount = gamma ** torch.arange(reward.shape[1], device=reward.device)
-    reward, terminated = (discount * reached * reward).sum(1), (reached * terminated).amax(1)
+    reward = (discount * reached * reward).sum(1)
+    terminated = (reached * terminated).amax(1)
     valid = torch.maximum(terminated, reached[:, -1])
     own = own.repeat_interleave(action.shape[2], dim=1)
     return [obs[:, 0], action.flatten(1), own, reward, terminated, valid, next_obs[:, -1]]
@@ -665,19 +674,12 @@ def main() -> None:
     eval_env = make_env(args)
     action_dim = env.action_space.low.size
     total = args.offline_steps + args.online_steps
-    files = checkpoint["progress"]["files"] if checkpoint else [str(path.resolve()) for path in find_dataset(args)]
     if checkpoint:
+        files = checkpoint["progress"]["files"]
         about_data = checkpoint["progress"]["data_statistics"]
     else:
-        parts = []
-        for file in reversed(files or [None]):  # all are checked before the work, the first is kept
-            data = load_data(file, env, args)
-            parts.append(data_statistics(data, env))
-        about_data = parts[-1] | dict(
-            rows=max(part["rows"] for part in parts),
-            low=np.min([part["low"] for part in parts], axis=0).tolist(),
-            high=np.max([part["high"] for part in parts], axis=0).tolist(),
-        )
+        files = [str(path.resolve()) for path in find_dataset(args)]
+        data, about_data = read_data(files, env, args)
 
     seed_random(args.seed)
     actor, critics, targets, buffer = make_networks(args, env, device, about_data)
@@ -688,23 +690,17 @@ def main() -> None:
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    losses = torch.zeros(len(LOSSES), device=device)
+    losses = torch.zeros(len(LOSSES), device=device)  # the latest
+    tensors = dict(log_alpha=log_alpha, losses=losses, data_size=buffer.data_size)
     learned = dict(actor=actor, critics=critics, targets=targets)
     learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
 
     env.reset(seed=args.seed)
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint is not for {args.env_id} as it is now, or was altered"):
-            for name, part in learned.items():
-                part.load_state_dict(checkpoint[name])
-            log_alpha.data.copy_(checkpoint["log_alpha"])
-            losses.copy_(checkpoint["losses"])
-            experience = max(0, checkpoint["progress"]["step"] - args.offline_steps)
-            buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"], experience)  # pop: it is large
-            set_random_states(checkpoint["random"], device, env)
-            set_running_statistics(env, checkpoint["statistics"])
+            restore(checkpoint, learned, tensors, buffer, env)
     else:
-        buffer.refill(data, len(data))
+        buffer.fill(data)
         print(f"{len(data)} transitions of {files[0] if files else args.env_id}", file=sys.stderr)
         del data
     if args.rescale_actions:
@@ -767,11 +763,7 @@ def main() -> None:
         run.report("offline" if progress.step <= args.offline_steps else "online", "stochastic", scores)
 
     def save() -> None:
-        """Save all that decides how the run goes on from an episode's end."""
-        state = {name: part.state_dict() for name, part in learned.items()}
-        state |= dict(log_alpha=log_alpha.detach(), losses=losses, random=random_states(device, env))
-        state["statistics"] = running_statistics(env)
-        run.save({**state, "buffer": buffer.filled(), "buffer_added": buffer.added}, actor, env)
+        run.save(training_state(learned, tensors, buffer, env), actor, env)
 
     with run, env, eval_env:
         done = True
@@ -782,10 +774,10 @@ def main() -> None:
                 if done:
                     obs = to_obs(env.reset()[0])
                     queue = []
-                if not len(queue):
-                    queue = choose(obs).reshape(-1, action_dim)
-                run.check_finite(observation=obs, action=queue)
-                action, queue = queue[0], queue[1:]
+                if not queue:
+                    queue = list(choose(obs).reshape(-1, action_dim))
+                action = queue.pop(0)
+                run.check_finite(observation=obs, action=action)
                 next_obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
                 next_obs = to_obs(next_obs)
                 run.count_step()
@@ -795,9 +787,8 @@ def main() -> None:
                 done = terminated or truncated
             else:
                 if progress.step and progress.step % args.rotate_every == 0 and len(files) > 1:
-                    data = load_data(files[progress.step // args.rotate_every % len(files)], eval_env, args)
-                    buffer.refill(data, len(data))
-                    del data
+                    file = files[progress.step // args.rotate_every % len(files)]
+                    buffer.fill(load_data(file, eval_env, args))
                 run.count_step()
 
             if not online or progress.step - args.offline_steps > args.online_start:
@@ -1412,6 +1403,26 @@ def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = Fals
         wrapper.update_running_mean = not frozen
 
 
+def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
+    """All that decides how a run goes on from an episode's end."""
+    state = {name: part.state_dict() for name, part in learned.items()}
+    state |= {name: tensor.detach() for name, tensor in tensors.items()}
+    state |= {"buffer": buffer.filled(), "buffer_added": buffer.added}
+    state |= {"random": random_states(buffer.rows.device, env), "statistics": running_statistics(env)}
+    return state
+
+
+def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> None:
+    """Put back what `training_state` returned."""
+    buffer.refill(state.pop("buffer"), state["buffer_added"])  # pop: it is as large as the buffer
+    for name, part in learned.items():
+        part.load_state_dict(state[name])
+    for name, tensor in tensors.items():
+        tensor.data.copy_(state[name])
+    set_random_states(state["random"], buffer.rows.device, env)
+    set_running_statistics(env, state["statistics"])
+
+
 def lock(file) -> None:
     """Take a file for this process, as long as it is open; stops the program if another process has it."""
     try:
@@ -1537,7 +1548,8 @@ class RobosuiteEnv(gym.Env):
 
     def step(self, action):
         obs, reward, _, _ = self.env.step(action)
-        self.t, success = self.t + 1, reward > 0
+        self.t += 1
+        success = reward > 0
         return self._obs(obs), reward - 1.0, success, self.t >= self.horizon, {"success": success}
 
     def render(self):
@@ -1615,7 +1627,8 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
     """Collect data into data/, as benchmark/demonstrations does, if --collect or the task's default allows it."""
     episodes = args.collect if args.collect is not None else 100 if args.env_id in ROBOSUITE else 0
     suffix = ".hdf5" if args.env_id in ROBOSUITE else ".npz"
-    name, places = play_set(args.env_id), ", ".join(map(str, looked))
+    name = play_set(args.env_id)
+    places = ", ".join(map(str, looked))
     experts = "" if args.env_id.startswith("robosuite/") else ", or --collect 100 episodes"
     path = Path("data") / f"{name}-{episodes}{suffix}"
     if episodes and path.is_file():
@@ -1865,6 +1878,20 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(columns, axis=1))
 
 
+def read_data(files: list[str], env: gym.Env, args: Args) -> tuple[torch.Tensor, dict]:
+    """The rows of the first file, and the statistics of all, which are checked before the work begins."""
+    parts = []
+    for file in reversed(files or [None]):
+        data = load_data(file, env, args)
+        parts.append(data_statistics(data, env))
+    about_data = parts[-1] | dict(
+        rows=max(part["rows"] for part in parts),
+        low=np.min([part["low"] for part in parts], axis=0).tolist(),
+        high=np.max([part["high"] for part in parts], axis=0).tolist(),
+    )
+    return data, about_data
+
+
 def succeeded(info: dict) -> float:
     """1 or 0, or NaN if the task does not say; gymnasium-robotics has a name of its own for it."""
     return float(info.get("success", info.get("is_success", math.nan)))
@@ -1882,7 +1909,8 @@ def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
 
 def success_interval(successes: int, episodes: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a success rate."""
-    z, rate = 1.96, successes / episodes
+    z = 1.96
+    rate = successes / episodes
     centre = (rate + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
     half = z / (1 + z**2 / episodes) * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -1901,10 +1929,9 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
         obs, info = env.reset(seed=seed + i)
         queue = []
         while "episode" not in info:  # until it is over
-            if not len(queue):
-                queue = act(to_obs(obs)).reshape(-1, env.action_space.low.size)
-            obs, _, _, _, info = env.step(to_action(queue[0], env.action_space))
-            queue = queue[1:]
+            if not queue:
+                queue = list(act(to_obs(obs)).reshape(-1, env.action_space.low.size))
+            obs, _, _, _, info = env.step(to_action(queue.pop(0), env.action_space))
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
         successes.append(succeeded(info))
@@ -2001,7 +2028,9 @@ class CudaGraph:
     """
 
     def __init__(self, function, plain_calls: int = 3):
-        self.function, self.plain_calls, self.graph = function, plain_calls, None
+        self.function = function
+        self.plain_calls = plain_calls
+        self.graph = None
         self.stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
 
     def __call__(self) -> None:

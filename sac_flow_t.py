@@ -189,8 +189,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm_memory, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_memory = nn.LayerNorm(dim)
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
         self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
 
     def encode(self, memory):
@@ -321,7 +323,8 @@ class Actor(nn.Module):
         obs = self.norm(obs)
         features = self.velocity_net.encode(self.encoder(obs))
         sigma = torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(obs)))  # (B, D) in [e^-5, e^2], shared by the K steps
-        path, log_deviations = [noise[0]], []
+        path = [noise[0]]
+        log_deviations = []
         for i in range(self.flow_steps):
             v = self.velocity_net(i / self.flow_steps, path[i], features)
             mean, deviation = self.step(i, path[i], v, sigma)
@@ -568,6 +571,7 @@ def main() -> None:
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
     losses = torch.zeros(len(LOSSES), device=device)  # the latest
+    tensors = dict(log_alpha=log_alpha, losses=losses)
     learned = dict(actor=actor, average=average, critics=critics)
     learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
     if targets:
@@ -576,13 +580,7 @@ def main() -> None:
     env.action_space.seed(args.seed)
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint is not for {args.env_id} as it is now, or was altered"):
-            for name, part in learned.items():
-                part.load_state_dict(checkpoint[name])
-            log_alpha.data.copy_(checkpoint["log_alpha"])
-            losses.copy_(checkpoint["losses"])
-            buffer.refill(checkpoint.pop("buffer"), checkpoint["buffer_added"])  # pop: it is as large as the buffer
-            set_random_states(checkpoint["random"], device, env)
-            set_running_statistics(env, checkpoint["statistics"])
+            restore(checkpoint, learned, tensors, buffer, env)
     run = Run(args, args.total_timesteps, checkpoint)
     progress = run.progress
     if args.capture_video:
@@ -639,11 +637,7 @@ def main() -> None:
             run.save_policy("policy_best.pt", average, env)
 
     def save() -> None:
-        """Save all that decides how the run goes on from an episode's end."""
-        state = {name: part.state_dict() for name, part in learned.items()}
-        state |= dict(log_alpha=log_alpha.detach(), losses=losses, random=random_states(device, env))
-        state["statistics"] = running_statistics(env)
-        run.save({**state, "buffer": buffer.filled(), "buffer_added": buffer.added}, average, env)
+        run.save(training_state(learned, tensors, buffer, env), average, env)
 
     with run, env, eval_env:
         done = True
@@ -1231,6 +1225,26 @@ def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = Fals
         wrapper.update_running_mean = not frozen
 
 
+def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
+    """All that decides how a run goes on from an episode's end."""
+    state = {name: part.state_dict() for name, part in learned.items()}
+    state |= {name: tensor.detach() for name, tensor in tensors.items()}
+    state |= {"buffer": buffer.filled(), "buffer_added": buffer.added}
+    state |= {"random": random_states(buffer.rows.device, env), "statistics": running_statistics(env)}
+    return state
+
+
+def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> None:
+    """Put back what `training_state` returned."""
+    buffer.refill(state.pop("buffer"), state["buffer_added"])  # pop: it is as large as the buffer
+    for name, part in learned.items():
+        part.load_state_dict(state[name])
+    for name, tensor in tensors.items():
+        tensor.data.copy_(state[name])
+    set_random_states(state["random"], buffer.rows.device, env)
+    set_running_statistics(env, state["statistics"])
+
+
 def lock(file) -> None:
     """Take a file for this process, as long as it is open; stops the program if another process has it."""
     try:
@@ -1394,7 +1408,9 @@ class CudaGraph:
     """
 
     def __init__(self, function, plain_calls: int = 3):
-        self.function, self.plain_calls, self.graph = function, plain_calls, None
+        self.function = function
+        self.plain_calls = plain_calls
+        self.graph = None
         self.stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
 
     def __call__(self) -> None:

@@ -23,7 +23,7 @@ FLAGS = re.S | re.M
 FUNCTIONS = """
     TimeEmbedding alpha_loss record with_gradients apply_gradients move_average Failure fail first_line explained flag
     in_digits read_flags normalizers running_statistics set_running_statistics lock thread_failed generator_of
-    in_plain_types target_entropy_of
+    in_plain_types target_entropy_of training_state restore
     write load seed_random fork_random record_videos to_obs to_action unchanged find_compiler matmul_precision CudaGraph
 """.split()
 METHODS = """
@@ -54,7 +54,7 @@ def blocks() -> list[str]:
     """Patterns of what sac_flow_offline2online.py shares: functions, classes and methods, and the rollout's body."""
     functions = [rf"(?:^@contextlib.contextmanager\n)?^(?:def|class) {name}\b.*?(?=\n\n\n)" for name in FUNCTIONS]
     methods = [rf"^    def {name}\(.*?(?=\n\n    (?:def|@)|\n\n\n)" for name in METHODS]
-    return [*functions, *methods, r"^        path, log_deviations.*?(?=\n\n)"]
+    return [*functions, *methods, r"^        path = \[noise.*?(?=\n\n)"]
 
 
 def with_shared(g: str, path: Path) -> str:

@@ -385,7 +385,7 @@ def test_the_buffer_takes_what_the_run_needs(tmp_path):
 def test_half_of_each_batch_is_online_experience():
     """Observation is the row's number; data are the first 20."""
     buffer = script.ReplayBuffer(100, 1, 1, torch.device("cpu"))
-    buffer.refill(torch.zeros(20, 6), 20)
+    buffer.fill(torch.zeros(20, 6))
     buffer.rows[:20, 0] = torch.arange(20)
     for i in range(20, 25):
         buffer.add([i], [0], 0, 0, [0], follows=i > 20)
@@ -395,7 +395,8 @@ def test_half_of_each_batch_is_online_experience():
     uniform = buffer.sample(4000, 1, 1.0)[0].flatten()
     assert (uniform >= 20).float().mean().item() == pytest.approx(0.2, abs=0.03)
     other = script.ReplayBuffer(100, 1, 1, torch.device("cpu"))
-    other.refill(buffer.filled(), buffer.added, online=5)
+    other.refill(buffer.filled(), buffer.added)
+    other.data_size.copy_(buffer.data_size)
     assert (other.sample(4000, 1, 1.0, 0.25)[0] >= 20).sum() == 1000
 
 

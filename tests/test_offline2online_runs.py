@@ -121,7 +121,7 @@ def test_ogbench_rows_are_those_of_its_own_reader(tmp_path):
     assert len(obs) == 80 and np.flatnonzero(last).tolist() == [39, 79] == np.flatnonzero(data["terminals"]).tolist()
     assert np.flatnonzero(terminated).tolist() == [15, 16, 17, 18] and (reward[15:19] == 0).all()  # and on it goes
     buffer = script.ReplayBuffer(80, 28, 5, torch.device("cpu"))
-    buffer.refill(script.load_data(path, env, args), 80)
+    buffer.fill(script.load_data(path, env, args))
     chunk = script.merge_chunks(*buffer.rows[None, 12:17].split(buffer.widths, dim=2), 1.0)
     _, _, own, reward, terminated, valid, _ = chunk
     assert (reward, terminated, valid) == (-3, 1, 1) and own.all()  # nothing is added after the success, all is cloned
