@@ -40,7 +40,7 @@ import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from traceback import format_exception
 from typing import Literal, NoReturn, Optional
@@ -92,7 +92,7 @@ class Args:
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
     """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt; from
-    the starts of the run's own evaluations, unless a --seed far from its own is given"""
+    the starts of the run's own evaluations, unless another --seed is given"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -238,11 +238,12 @@ class Actor(nn.Module):
         )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # SAC's custom is -1 for each dimension of actions in [-1, 1]. The last step's deviation is at most 1 / sqrt(K):
-        # that asks for a sigma of 0.36 at K = 4, of 1.5 at K = 16, and cannot be met from K = 69 on (before the squash,
-        # with the exponential step). For the path the paper's target, 0 whatever K is, asks for 0.46 at K = 4, but 1.4
-        # at K = 16. There Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with 0.46 (frozen
-        # averages, two seeds). With Euler's step sigma 0.46 has a path entropy of 1.2 per dimension: give 0 there.
+        # SAC customarily asks for -1 for each dimension of actions in [-1, 1]. The last step's deviation is at most
+        # 1 / sqrt(K): that asks for a sigma of 0.36 at K = 4, of 1.5 at K = 16, and cannot be met from K = 69 on
+        # (before the squash, with the exponential step). For the path the paper's target, 0 whatever K is, asks for
+        # 0.46 at K = 4, but 1.4 at K = 16. There Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and
+        # 598 with 0.46 (frozen averages, two seeds). With Euler's step sigma 0.46 has a path entropy of 1.2 per
+        # dimension: give 0 there.
         customary = float((self.scale.log() - 1).sum())
         self.target_entropy = customary if entropy == "last-step" else self.largest_entropy(sigma=0.46)
 
@@ -312,7 +313,7 @@ class Actor(nn.Module):
         before = 0 if self.entropy == "last-step" else sum(normal + log_deviation for log_deviation in log_deviations)
         return float((before + action).sum())
 
-    def noise(self, batch: int, deterministic: bool = False):
+    def draw_noise(self, batch: int, deterministic: bool = False):
         """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
         draw = torch.zeros if deterministic else torch.randn
         shape = self.flow_steps + 1, batch, self.action_dim
@@ -326,7 +327,7 @@ class Actor(nn.Module):
         training = self.norm.training
         self.norm.eval()
         batch = obs if obs.ndim == 2 else obs[None]
-        action = self.rollout(batch, self.noise(batch.shape[0], deterministic))[0]
+        action = self.rollout(batch, self.draw_noise(batch.shape[0], deterministic))[0]
         self.norm.train(training)
         return action if obs.ndim == 2 else action[0]
 
@@ -561,7 +562,7 @@ def main() -> None:
     @graph  # takes and returns nothing: all is in tensors that stay
     def update_critic() -> None:
         batch = buffer.sample(args.batch_size)
-        noise = actor.noise(args.batch_size)
+        noise = actor.draw_noise(args.batch_size)
         alpha = log_alpha.detach().exp()
         loss, q, gradients = critic_gradients(actor, critics, targets, batch, noise, alpha, args.gamma)
         apply_gradients(critic_optimizer, gradients)
@@ -572,7 +573,7 @@ def main() -> None:
     @graph
     def update_actor() -> None:
         obs, *_ = buffer.sample(args.batch_size)
-        noise = actor.noise(args.batch_size)
+        noise = actor.draw_noise(args.batch_size)
         alpha = log_alpha.detach().exp()
         actor.norm.train()  # everywhere but in its own update it normalises by running statistics
         critics.eval()
@@ -589,7 +590,7 @@ def main() -> None:
     def log_gradient_norms() -> None:
         with fork_random(args.seed + progress.step, device, env):
             obs, *_ = buffer.sample(args.batch_size)
-            norms = gradient_norms(actor, critics, obs, actor.noise(args.batch_size), log_alpha.detach().exp())
+            norms = gradient_norms(actor, critics, obs, actor.draw_noise(args.batch_size), log_alpha.detach().exp())
         run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
 
     def score(kind: Literal["deterministic", "stochastic"]) -> None:
@@ -654,13 +655,19 @@ def main() -> None:
 
 
 class Failure(SystemExit):
-    """What `fail` raises, and nobody else."""
+    """Raised by `fail` alone."""
 
 
 def fail(message: str) -> NoReturn:
     """Stop with one line on standard error and exit code 2."""
     tqdm.write(f"{Path(sys.argv[0]).stem}: error: {message}", file=sys.stderr)  # above the progress bar, if any
     raise Failure(2)
+
+
+@cache
+def note(message: str) -> None:
+    """Say something on standard error, once."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:
@@ -741,9 +748,9 @@ def parse_args() -> tuple[Args, Optional[dict]]:
             if new != old and name not in may_change:
                 fail(f"{flag(name)} {new} conflicts with {old} of {folder}: drop the flag")
         if args.resume and args.total_timesteps <= checkpoint["progress"]["step"]:
-            fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --total-timesteps to go on")
+            fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --total-timesteps to continue")
     elif args.run_name and (folder := Path("runs") / args.run_name).exists():
-        fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or go on with --resume {folder}")
+        fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or continue it with --resume {folder}")
 
     least = 2 if args.crossq else 1  # BatchRenorm needs a batch
     starts = args.learning_starts
@@ -1027,7 +1034,7 @@ class Run:
         write(self.folder / name, own | {"actor": actor.state_dict()})
 
     def say_where(self) -> None:
-        """Say where the run is, and how to go on with one that was stopped, which has an exit code of its own."""
+        """Say where the run is, and how to resume one that was stopped, which has an exit code of its own."""
         if self.progress.step < self.total:
             print(f"stopped at step {self.progress.step}; resume with: python {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + self.interrupted)
@@ -1146,7 +1153,7 @@ def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
     generator_of(env).state = states["env"]
     env.action_space.np_random.bit_generator.state = states["action_space"]
     if (states["cuda"] is not None) != (device.type == "cuda"):
-        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+        note(f"saved on another device, continuing on {device.type}: not bit for bit")
     elif device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
 
@@ -1191,7 +1198,7 @@ def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = Fals
 
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
-    """All that decides how a run goes on from an episode's end."""
+    """All that decides how a run continues from an episode's end."""
     state = {name: part.state_dict() for name, part in learned.items()}
     state |= {name: tensor.detach() for name, tensor in tensors.items()}
     state |= {"buffer": buffer.filled(), "buffer_added": buffer.added}
@@ -1241,6 +1248,7 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
         env = gym.make(env_id, max_episode_steps, **({"render_mode": render_mode} if render_mode else {}))
     if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
         env = gym.wrappers.TimeLimit(env, 10_000)
+        note(f"{env_id} has no time limit: episodes are truncated after 10 000 steps, or after --max-episode-steps")
     obs = env.observation_space
     action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
@@ -1275,14 +1283,14 @@ def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
 
 
 def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
-    """Play episodes, reset with seed + 0, 1, ...; `act` maps obs (obs_dim,) to an action (D,), both numpy.
+    """Play episodes from starts that `seed` decides; `act` maps obs (obs_dim,) to an action (D,), both numpy.
 
     Returns their mean return with its standard error, and their mean length.
     """
     returns = []
     lengths = []
-    for i in range(episodes):
-        obs, info = env.reset(seed=seed + i)
+    for start in np.random.SeedSequence(seed).generate_state(episodes):
+        obs, info = env.reset(seed=int(start))
         while "episode" not in info:  # until it is over
             obs, _, _, _, info = env.step(to_action(act(to_obs(obs)), env.action_space))
         returns.append(float(info["episode"]["r"]))
@@ -1299,7 +1307,7 @@ def describe(scores: dict[str, float]) -> str:
 def compiled_policy(actor: Actor, jit, graph):
     """`actor.act` for one observation, compiled: a function of obs (obs_dim,) to an action (D,), both numpy."""
     policy_obs = torch.zeros(1, actor.obs_dim, device=actor.scale.device)
-    policy_noise = actor.noise(1, deterministic=True)
+    policy_noise = actor.draw_noise(1, deterministic=True)
     policy_action = torch.zeros_like(actor.scale)
     rollout = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
 
@@ -1310,7 +1318,7 @@ def compiled_policy(actor: Actor, jit, graph):
 
     def choose(obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         policy_obs.copy_(torch.from_numpy(obs))
-        policy_noise.copy_(actor.noise(1, deterministic))
+        policy_noise.copy_(actor.draw_noise(1, deterministic))
         act()
         return policy_action.cpu().numpy().copy()
 
@@ -1348,7 +1356,7 @@ def find_compiler(device: torch.device):
         torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
         return jit
     except Exception:
-        print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
+        note("torch.compile finds no working C++ compiler; continuing without it, slower")
         return unchanged
 
 

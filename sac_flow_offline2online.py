@@ -51,7 +51,7 @@ import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from traceback import format_exception
 from typing import Literal, NoReturn, Optional
@@ -460,7 +460,7 @@ class Actor(nn.Module):
         """
         return torch.atanh(self.normalized(action).clamp(-0.995, 0.995))
 
-    def noise(self, batch: int, deterministic: bool = False):
+    def draw_noise(self, batch: int, deterministic: bool = False):
         """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
         draw = torch.zeros if deterministic else torch.randn
         shape = self.flow_steps + 1, batch, self.action_dim
@@ -472,7 +472,7 @@ class Actor(nn.Module):
         Deterministic: the mode of the path before the squash, with all noise 0.
         """
         batch = obs if obs.ndim == 2 else obs[None]
-        action = self.rollout(batch, self.noise(batch.shape[0], deterministic))[0]
+        action = self.rollout(batch, self.draw_noise(batch.shape[0], deterministic))[0]
         return action if obs.ndim == 2 else action[0]
 
     def forward(self, obs):
@@ -720,7 +720,7 @@ def main() -> None:
 
     def update(offline: bool) -> None:
         batch = buffer.sample(args.batch_size, args.chunk, args.gamma, None if offline else args.online_fraction)
-        noise = actor.noise(args.batch_size)
+        noise = actor.draw_noise(args.batch_size)
         alpha = log_alpha.detach().exp()
         discount = args.gamma**args.chunk
         loss, q, gradients = critic_gradients(actor, critics, targets, batch, noise, alpha, discount)
@@ -728,7 +728,7 @@ def main() -> None:
         move_average(targets, critics, args.tau)
         record(losses, qf_loss=loss, qf_values=q)
 
-        noise = actor.noise(args.batch_size)
+        noise = actor.draw_noise(args.batch_size)
         if offline:
             x0 = torch.randn_like(noise[0])
             t = torch.rand(args.batch_size, 1, device=device)
@@ -751,7 +751,7 @@ def main() -> None:
     def log_gradient_norms() -> None:
         with fork_random(args.seed + progress.step, device, env):
             batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
-            noise = actor.noise(args.batch_size)
+            noise = actor.draw_noise(args.batch_size)
             norms = gradient_norms(actor, critics, batch, noise, log_alpha.detach().exp(), beta)
         run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
 
@@ -819,13 +819,19 @@ def main() -> None:
 
 
 class Failure(SystemExit):
-    """What `fail` raises, and nobody else."""
+    """Raised by `fail` alone."""
 
 
 def fail(message: str) -> NoReturn:
     """Stop with one line on standard error and exit code 2."""
     tqdm.write(f"{Path(sys.argv[0]).stem}: error: {message}", file=sys.stderr)  # above the progress bar, if any
     raise Failure(2)
+
+
+@cache
+def note(message: str) -> None:
+    """Say something on standard error, once."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:
@@ -906,9 +912,9 @@ def parse_args() -> tuple[Args, Optional[dict]]:
             if new != old and name not in may_change:
                 fail(f"{flag(name)} {new} conflicts with {old} of {folder}: drop the flag")
         if args.resume and args.offline_steps + args.online_steps <= checkpoint["progress"]["step"]:
-            fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --online-steps to go on")
+            fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --online-steps to continue")
     elif args.run_name and (folder := Path("runs") / args.run_name).exists():
-        fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or go on with --resume {folder}")
+        fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or continue it with --resume {folder}")
     task = args.env_id.split("-play")[0]
     betas = BETA.get("lift" if args.env_id.startswith("robosuite/") else task, (100, 100))
     args.beta = betas[0] if args.beta is None else args.beta
@@ -985,7 +991,7 @@ def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, n
     constant = low == high
     if constant.any():
         which = ", ".join(map(str, np.flatnonzero(constant)))
-        print(f"note: action {which} is always the same there: it becomes the middle of its range", file=sys.stderr)
+        note(f"action {which} is always the same there: it becomes the middle of its range")
     return low - constant, high + constant
 
 
@@ -1240,7 +1246,7 @@ class Run:
         write(self.folder / name, own | {"actor": actor.state_dict()})
 
     def say_where(self) -> None:
-        """Say where the run is, and how to go on with one that was stopped, which has an exit code of its own."""
+        """Say where the run is, and how to resume one that was stopped, which has an exit code of its own."""
         if self.progress.step < self.total:
             print(f"stopped at step {self.progress.step}; resume with: python {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + self.interrupted)
@@ -1359,7 +1365,7 @@ def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
     torch.set_rng_state(states["torch"])
     generator_of(env).state = states["env"]
     if (states["cuda"] is not None) != (device.type == "cuda"):
-        print(f"note: saved on another device, going on on {device.type}: not bit for bit", file=sys.stderr)
+        note(f"saved on another device, continuing on {device.type}: not bit for bit")
     elif device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
 
@@ -1404,7 +1410,7 @@ def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = Fals
 
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
-    """All that decides how a run goes on from an episode's end."""
+    """All that decides how a run continues from an episode's end."""
     state = {name: part.state_dict() for name, part in learned.items()}
     state |= {name: tensor.detach() for name, tensor in tensors.items()}
     state |= {"buffer": buffer.filled(), "buffer_added": buffer.added}
@@ -1585,6 +1591,8 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
             env = gym.make(args.env_id, **kwargs)
             if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
                 env = gym.wrappers.TimeLimit(env, 10_000)
+                limit = """--env-kwargs '{"max_episode_steps": 1000}'"""
+                note(f"{args.env_id} has no time limit: episodes are truncated after 10 000 steps, or as {limit} says")
         env = gym.wrappers.RecordEpisodeStatistics(env)
         if isinstance(env.observation_space, gym.spaces.Dict):
             env = gym.wrappers.FlattenObservation(env)  # outermost, where `data_space` finds it
@@ -1917,7 +1925,7 @@ def success_interval(successes: int, episodes: int) -> tuple[float, float]:
 
 
 def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
-    """Play episodes, reset with seed + 0, 1, ...; `act` maps obs (obs_dim,) to a chunk (h D,), both numpy.
+    """Play episodes from starts that `seed` decides; `act` maps obs (obs_dim,) to a chunk (h D,), both numpy.
 
     Returns the means that SCORES names: success_rate with its 95 % interval (NaN if no episode reports success or
     failure; otherwise an episode that reports neither counts as a failure), return, its standard error, and length.
@@ -1925,8 +1933,8 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     returns = []
     lengths = []
     successes = []
-    for i in range(episodes):
-        obs, info = env.reset(seed=seed + i)
+    for start in np.random.SeedSequence(seed).generate_state(episodes):
+        obs, info = env.reset(seed=int(start))
         queue = []
         while "episode" not in info:  # until it is over
             if not queue:
@@ -1954,7 +1962,7 @@ def describe(scores: dict[str, float]) -> str:
 def compiled_policy(actor: Actor, jit, graph):
     """`actor.act` for one observation, compiled: a function of obs (obs_dim,) to a chunk (h D,), both numpy."""
     policy_obs = torch.zeros(1, actor.obs_dim, device=actor.scale.device)
-    policy_noise = actor.noise(1, deterministic=True)
+    policy_noise = actor.draw_noise(1, deterministic=True)
     policy_action = torch.zeros_like(actor.scale)
     rollout = jit(lambda obs, noise: actor.rollout(obs, noise)[0])
 
@@ -1965,7 +1973,7 @@ def compiled_policy(actor: Actor, jit, graph):
 
     def choose(obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         policy_obs.copy_(torch.from_numpy(obs))
-        policy_noise.copy_(actor.noise(1, deterministic))
+        policy_noise.copy_(actor.draw_noise(1, deterministic))
         act()
         return policy_action.cpu().numpy().copy()
 
@@ -2003,7 +2011,7 @@ def find_compiler(device: torch.device):
         torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
         return jit
     except Exception:
-        print("note: torch.compile finds no working C++ compiler; going on without it, slower", file=sys.stderr)
+        note("torch.compile finds no working C++ compiler; continuing without it, slower")
         return unchanged
 
 

@@ -174,7 +174,7 @@ def open_description(name: str, text: str):
         fail(f"--name {name}: cannot write to {path.parent} ({error})")
     file.seek(0)
     if file.read() not in ("", text):
-        fail(f"--name {name}: {path} describes another sweep; choose another name, or go on with --file {path}")
+        fail(f"--name {name}: {path} describes another sweep; choose another name, or continue it with --file {path}")
     return file
 
 
@@ -443,7 +443,7 @@ def main() -> None:
     for run in failed:
         print(f"{run.folder.name} failed: {run.note} ({log_of(run)})", file=sys.stderr)
     if stopped:
-        print(f"stopped; go on with the same command, or: python {sys.argv[0]} --file runs/{args.name}/sweep.json")
+        print(f"stopped; resume with the same command, or: python {sys.argv[0]} --file runs/{args.name}/sweep.json")
     raise SystemExit(128 + stopped if stopped else 1 if failed else 0)
 
 

@@ -21,13 +21,13 @@ GAUSSIANS_OWN = [
 ]
 FLAGS = re.S | re.M
 FUNCTIONS = """
-    TimeEmbedding alpha_loss record with_gradients apply_gradients move_average Failure fail first_line explained flag
-    in_digits read_flags normalizers running_statistics set_running_statistics lock thread_failed generator_of
+    TimeEmbedding alpha_loss record with_gradients apply_gradients move_average Failure fail note first_line explained
+    flag in_digits read_flags normalizers running_statistics set_running_statistics lock thread_failed generator_of
     in_plain_types target_entropy_of training_state restore
     write load seed_random fork_random record_videos to_obs to_action unchanged find_compiler matmul_precision CudaGraph
 """.split()
 METHODS = """
-    step largest_entropy noise __enter__ __exit__ on_signal seconds paused kept check_finite mean_losses log_update
+    step largest_entropy draw_noise __enter__ __exit__ on_signal seconds paused kept check_finite mean_losses log_update
     say_how_it_goes count_step write_scalars write_row should_save save_policy say_where
 """.split()
 
@@ -52,7 +52,7 @@ def split(text: str) -> list[tuple[str, str]]:
 
 def blocks() -> list[str]:
     """Patterns of what sac_flow_offline2online.py shares: functions, classes and methods, and the rollout's body."""
-    functions = [rf"(?:^@contextlib.contextmanager\n)?^(?:def|class) {name}\b.*?(?=\n\n\n)" for name in FUNCTIONS]
+    functions = [rf"(?:^@[\w.]+\n)?^(?:def|class) {name}\b.*?(?=\n\n\n)" for name in FUNCTIONS]
     methods = [rf"^    def {name}\(.*?(?=\n\n    (?:def|@)|\n\n\n)" for name in METHODS]
     return [*functions, *methods, r"^        path = \[noise.*?(?=\n\n)"]
 

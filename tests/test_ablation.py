@@ -38,7 +38,7 @@ def trained(variant, std=0.3):
     actor = make_actor(variant)
     actor.norm.train()
     for _ in range(200):
-        actor.rollout(3 + 7 * torch.randn(64, 5), actor.noise(64))
+        actor.rollout(3 + 7 * torch.randn(64, 5), actor.draw_noise(64))
     for parameter in actor.parameters():
         nn.init.normal_(parameter, std=std)
     actor.norm.eval()
@@ -175,9 +175,9 @@ def test_time_under_the_batch_renorm_is_0_in_training_and_large_in_acting(varian
     actor = make_actor(variant, warmup=warmup)
     actor.norm.train()
     for _ in range(50):
-        actor.rollout(torch.randn(64, 5), actor.noise(64))
+        actor.rollout(torch.randn(64, 5), actor.draw_noise(64))
     assert (actor.norm.batches > actor.norm.warmup) == (warmup == 8)
-    obs, noise = torch.randn(64, 5), actor.noise(64)
+    obs, noise = torch.randn(64, 5), actor.draw_noise(64)
     training = [t for *_, t in seen_by_the_network(actor, obs, noise)]
     torch.testing.assert_close(torch.cat(training, 1), torch.zeros(64, K), atol=1e-5, rtol=0)
     actor.norm.eval()
@@ -209,7 +209,7 @@ def test_all_variants_switch_at_the_same_update(variant):
     actor.norm.train()
     for _ in range(4):
         switched.append(bool(actor.norm.batches >= actor.norm.warmup))
-        actor.rollout(torch.randn(8, 5), actor.noise(8))
+        actor.rollout(torch.randn(8, 5), actor.draw_noise(8))
     assert switched == [False, False, True, True]
 
 
@@ -218,7 +218,7 @@ def test_time_beside_the_batch_renorm_is_the_same_in_training_and_acting(variant
     actor = make_actor(variant)
     for training in (True, False):
         actor.norm.train(training)
-        seen = [t for *_, t in seen_by_the_network(actor, torch.randn(64, 5), actor.noise(64))]
+        seen = [t for *_, t in seen_by_the_network(actor, torch.randn(64, 5), actor.draw_noise(64))]
         torch.testing.assert_close(torch.cat(seen, 1), torch.tensor([0, 0.25, 0.5, 0.75]).expand(64, K))
 
 
@@ -227,7 +227,7 @@ def test_actions_under_the_batch_renorm(variant):
     """In training each step's A has mean 0 and deviation 1, but in `sigma`, where it comes as it is."""
     actor = make_actor(variant)
     actor.norm.train()
-    noise = 5 + 3 * actor.noise(64)
+    noise = 5 + 3 * actor.draw_noise(64)
     actions = [a for _, a, _ in seen_by_the_network(actor, torch.randn(64, 5), noise)]
     for a in actions:
         normalised = a.mean(0).abs().max() < 1e-3 and (a.std(0, correction=0) - 1).abs().max() < 1e-2
@@ -248,7 +248,7 @@ def test_batches_per_update(variant):
     """As `batches_per_update` says: what the warm-up counts."""
     actor = make_actor(variant)
     actor.norm.train()
-    actor.rollout(torch.randn(8, 5), actor.noise(8))
+    actor.rollout(torch.randn(8, 5), actor.draw_noise(8))
     expected = 1 if variant in ONE_BATCH else K
     assert actor.norm.batches == expected == ablation.batches_per_update(actor)
 
@@ -263,7 +263,7 @@ def test_clipped_forward_is_bit_equal(variant, free, training):
     limited.load_state_dict(actor.state_dict())
     limited.norm.train(training)
     actor.norm.train(training)
-    obs, noise = torch.randn(64, 5), actor.noise(64)
+    obs, noise = torch.randn(64, 5), actor.draw_noise(64)
     assert_same(list(limited.rollout(obs, noise)), list(actor.rollout(obs, noise)))
 
 
@@ -313,7 +313,7 @@ def test_clipped_gradients_never_grow_on_the_way_back(variant):
     for parameter in actor.velocity_net.parameters():
         parameter.data *= 8
     actor.norm.train()
-    obs, noise = torch.randn(64, 5), actor.noise(64).requires_grad_()
+    obs, noise = torch.randn(64, 5), actor.draw_noise(64).requires_grad_()
 
     def norms():
         loss, _, *path = sac_flow_naive.actor_loss(actor, critics, obs, noise, 0.1)
@@ -335,7 +335,7 @@ def test_clipped_gradients_are_limited_in_compiled_updates(monkeypatch):
     actor, critics = make_actor("clipped").eval(), make_critics().eval()
     for parameter in actor.velocity_net.parameters():
         parameter.data *= 8
-    inputs = actor, critics, torch.randn(64, 5), actor.noise(64), 0.1
+    inputs = actor, critics, torch.randn(64, 5), actor.draw_noise(64), 0.1
     eager = sac_flow_naive.with_gradients(sac_flow_naive.actor_loss, actor)
     *_, limited = eager(*inputs)
     *_, compiled = jit(sac_flow_naive.with_gradients(sac_flow_naive.actor_loss, actor))(*inputs)
@@ -353,7 +353,7 @@ def test_clipped_gradients_are_limited_in_compiled_updates(monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_norms_of_both_kinds_of_statistics(variant):
     actor, critics = make_actor(variant).eval(), make_critics()
-    obs, noise = 3 + 7 * torch.randn(16, 5), actor.noise(16)
+    obs, noise = 3 + 7 * torch.randn(16, 5), actor.draw_noise(16)
     before = copy.deepcopy([actor.state_dict(), critics.state_dict()])
     kinds = ("batch", "running", "free")
     batch, running, free = (ablation.gradient_norms(actor, critics, obs, noise, 0.1, kind) for kind in kinds)

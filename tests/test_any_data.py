@@ -443,7 +443,7 @@ def test_networks_see_standardised_observations():
     torch.nn.init.normal_(actor.sigma_net[-1].weight)
     critic = script.Critic(2, 2, 8, 1)
     obs = torch.randn(5, 2)
-    noise = actor.noise(5)
+    noise = actor.draw_noise(5)
     a = torch.randn(5, 2)
 
     def outputs(obs):

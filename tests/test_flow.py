@@ -333,7 +333,7 @@ def test_flow_t_starts_contractive(action_dim):
         v = actor.velocity(0.5, a, obs)
         slopes = [torch.autograd.grad(v[:, i].sum(), a, retain_graph=True)[0][:, i].mean() for i in range(action_dim)]
         assert -1.8 < torch.stack(slopes).mean() < -0.7
-        noise = actor.noise(500)
+        noise = actor.draw_noise(500)
         noise[1:] = 0
         path = actor.rollout(obs[:1].expand(500, -1), noise)[2]
         assert path[-1].std(0).mean() < 0.4 < 0.9 < path[0].std(0).mean()
@@ -422,7 +422,7 @@ def test_gaussian_density_is_that_of_torch_distributions():
         nn.init.normal_(parameter, std=0.3)
     actor.double()
     obs = torch.randn(6, 5).double()
-    action, log_prob, path = actor.rollout(obs, actor.noise(6))
+    action, log_prob, path = actor.rollout(obs, actor.draw_noise(6))
     mean, log_std = actor.net(obs).chunk(2, dim=1)
     gaussian = torch.distributions.Normal(mean, (-1.5 + 3.5 * log_std.tanh()).exp())
     squash = [
@@ -442,7 +442,7 @@ def test_gaussian_density_is_that_of_torch_distributions():
 def test_default_target_entropy_is_that_of_one_sigma_whatever_k_is(script, k, score_step):
     """sigma 0.46 meets that of the path, but for what the squash takes away."""
     actor = hold_sigma(script.Actor(5, LOW, HIGH, flow_steps=k, score_step=score_step, entropy="path"), 0.46)
-    noise = actor.noise(4000)
+    noise = actor.draw_noise(4000)
     _, log_prob, path = actor.rollout(torch.randn(4000, 5), noise)
     squash = 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1])).sum(1)
     assert (-log_prob - squash).mean().item() == pytest.approx(actor.target_entropy, abs=0.25)

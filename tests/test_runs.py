@@ -17,9 +17,12 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
+import numpy as np
 import pytest
+import tiny_envs  # noqa: F401  registers Home-v0
 import torch
-from helpers import SMALL, assert_same, checkpoint, command, the_run
+from helpers import SCRIPTS, SMALL, assert_same, checkpoint, command, the_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PENDULUM = ["--env-id", "InvertedPendulum-v4", "--learning-starts", "100", *SMALL]
@@ -62,7 +65,7 @@ def test_compiled_with_target_networks(run, tmp_path):
     """With tau = 1 the target networks are the critics; a fixed alpha stays where it is."""
     flags = ["--no-crossq", "--tau", 1, "--no-autotune", "--alpha", 0.25, "--compile", "--env-id", "Humanoid-v4"]
     done = run(*SMALL, *flags, "--flow-steps", 1, "--total-timesteps", 230, "--learning-starts", 200)
-    assert done.returncode == 0 and "going on without it" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "continuing without it" not in done.stderr, done.stderr
     state = checkpoint(the_run(tmp_path))
     assert_same(state["targets"], state["critics"])
     assert state["log_alpha"].exp() == pytest.approx(0.25)
@@ -76,7 +79,7 @@ def test_compiled_is_eager(run, tmp_path, device):
     """Twelve updates, four of the actor (on CUDA the last are graphs), from one seed: equal up to rounding."""
     for i, flag in enumerate(("--no-compile", "--compile")):
         done = run(*PENDULUM, device, flag, "--total-timesteps", 112)
-        assert done.returncode == 0 and "going on without it" not in done.stderr, done.stderr
+        assert done.returncode == 0 and "continuing without it" not in done.stderr, done.stderr
         the_run(tmp_path).rename(tmp_path / str(i))
     eager, compiled = (checkpoint(tmp_path / str(i)) for i in range(2))
     assert eager["updates"] == 12 and eager["losses"].ne(0).all()
@@ -89,7 +92,7 @@ def test_without_a_compiler_it_goes_on(run, tmp_path):
     flags = ["--env-id", "InvertedPendulum-v4", "--total-timesteps", 120, "--learning-starts", 100, *SMALL, "--compile"]
     none = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": "/nowhere"}
     done = run(*flags, env=none)
-    assert done.returncode == 0 and "going on without it" in done.stderr
+    assert done.returncode == 0 and "continuing without it" in done.stderr
 
 
 def test_what_a_run_leaves(run, tmp_path, name):
@@ -470,6 +473,38 @@ def test_endless_episodes_are_truncated(run, tmp_path):
         assert [row[2] for row in returns(folder)[1:]] == 5 * ["10"]
         assert not checkpoint(folder)["buffer"][:, -1 - checkpoint(folder)["actor"]["norm.weight"].numel()].any()
         folder.rename(tmp_path / env_id.replace(":", "-"))
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "sac_flow_offline2online"])
+def test_a_limit_that_the_script_sets_is_said_once(name, capsys):
+    script = importlib.import_module(name)
+    offline = name == "sac_flow_offline2online"
+    env_id = "tiny_envs:Endless-v0"
+    for _ in range(2):
+        env = script.make_env(script.Args(env_id, dataset="none.npz") if offline else env_id)
+        assert env.get_wrapper_attr("_max_episode_steps") == 10_000
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: tiny_envs:Endless-v0 has no time limit: ") and "max" in line
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "sac_flow_offline2online"])
+def test_evaluations_of_two_seeds_share_no_start(name):
+    script = importlib.import_module(name)
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make("Home-v0", max_episode_steps=1))
+    starts = {}
+
+    def act(obs):
+        starts[seed].append(tuple(obs))
+        return np.zeros(env.action_space.shape, np.float32)
+
+    for seed, episodes in ((4, 10), (5, 10), (6, 3)):
+        starts[seed] = []
+        script.evaluate(act, env, episodes, seed)
+    assert len({*starts[4], *starts[5]}) == 20
+    seed = 0
+    starts[seed] = []
+    script.evaluate(act, env, 10, 6)
+    assert starts[0][:3] == starts[6]  # the first of many are those of few
 
 
 def test_evaluate(run, tmp_path):

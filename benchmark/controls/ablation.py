@@ -428,7 +428,7 @@ class Run(naive.Run):
         alpha = losses[naive.LOSSES.index("alpha")]  # of the actor's latest update
         with self.paused(), naive.fork_random(self.args.seed + self.progress.step, device, env):
             obs, *_ = buffer.sample(self.args.batch_size)
-            noise = actor.noise(self.args.batch_size)
+            noise = actor.draw_noise(self.args.batch_size)
             kinds = ["batch", "running", *(["free"] if getattr(actor, "clipped", False) else [])]
             norms = {kind: gradient_norms(actor, critics, obs, noise, alpha, kind) for kind in kinds}
         for kind, values in norms.items():

@@ -60,7 +60,7 @@ def measure(actor, states) -> dict[str, float]:
 
     def actions(varying: slice):
         """(B, SAMPLES, D) in units of half the range, and log_prob; in a state only `varying` noise differs."""
-        noise = actor.noise(len(obs)).unflatten(1, (len(states), SAMPLES))
+        noise = actor.draw_noise(len(obs)).unflatten(1, (len(states), SAMPLES))
         fixed = noise[:, :, :1].expand_as(noise).clone()
         fixed[varying] = noise[varying]
         action, log_prob, _ = actor.rollout(obs, fixed.flatten(1, 2))

@@ -142,7 +142,7 @@ class Loss(nn.Module):
     def growth(self, alpha, batch_size: int) -> float:
         """|dL/dA_0| / |dL/dA_K|, means over a batch, never clipped; the Gaussian has no rollout: 1."""
         obs = torch.zeros(batch_size, 1)
-        norms = self.script.gradient_norms(self.actor, self.critics, obs, self.actor.noise(batch_size), alpha)
+        norms = self.script.gradient_norms(self.actor, self.critics, obs, self.actor.draw_noise(batch_size), alpha)
         return (norms[0] / norms[-1]).item()
 
 
@@ -160,7 +160,7 @@ def train(policy: str, reward: Reward, k: int, alphas, seeds, updates: int, batc
     # Adam works on each number of its own, so that one optimizer is N.
     optimizer = torch.optim.Adam(parameters.values(), lr=args.actor_lr, betas=(args.adam_b1, 0.999), fused=True)
     for update in range(updates + 1):
-        noise = torch.stack([models[0].actor.noise(batch_size) for _ in models])
+        noise = torch.stack([models[0].actor.draw_noise(batch_size) for _ in models])
         if policy == "clipped":  # vmap knows no hooks
             losses = torch.stack(
                 [
@@ -190,7 +190,7 @@ def describe(actor, reward: Reward, alpha: float, samples: int = 20_000) -> dict
     """What a policy does, from samples: the CSV's columns from right to sigma."""
     obs = torch.zeros(samples, 1)
     with torch.no_grad():
-        action, log_prob, _ = actor.rollout(obs, actor.noise(samples))
+        action, log_prob, _ = actor.rollout(obs, actor.draw_noise(samples))
         if hasattr(actor, "sigma_net"):
             log_sigma = -1.5 + 3.5 * torch.tanh(actor.sigma_net(obs[:1]))
         else:

@@ -60,7 +60,7 @@ def train(script, old_actor, critics, all_obs, alpha, k, scale, score_step, seed
             weight.mul_(scale if weight.ndim == 2 else 1)
     optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3, betas=(0.5, 0.999), fused=True)
     for update in range(args.updates + 1):
-        obs, noise = all_obs[torch.randint(len(all_obs), (args.batch_size,))], actor.noise(args.batch_size)
+        obs, noise = all_obs[torch.randint(len(all_obs), (args.batch_size,))], actor.draw_noise(args.batch_size)
         loss, *_ = script.actor_loss(actor, critics, obs, noise, alpha)
         optimizer.zero_grad()
         loss.backward()

@@ -114,7 +114,7 @@ def measure(actor, obs, loss) -> list[dict]:
     singular value of I + dt dv/dA_i; product, that of the product from step i to K. At i = K there is no step: both
     are 1.
     """
-    total, path = loss(actor.noise(len(obs)).requires_grad_())
+    total, path = loss(actor.draw_noise(len(obs)).requires_grad_())
     gradient = torch.autograd.grad(total, path)
     steps, product, rows = jacobians(actor, path, obs), torch.eye(actor.action_dim), []
     for i in range(actor.flow_steps, -1, -1):

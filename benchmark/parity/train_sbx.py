@@ -162,13 +162,13 @@ class Recorder(BaseCallback):
         return True
 
     def evaluate(self, kind: str) -> None:
-        """Play the averaged actor in episodes reset with seed + 0, 1, ..., and note the mean."""
+        """Play the averaged actor from starts that the seed decides, and note the mean."""
         began = time.time()
         key = self.model.key
         returns = []
         lengths = []
-        for i in range(self.args.eval_episodes):
-            obs, info = self.eval_env.reset(seed=self.args.seed + i)
+        for start in np.random.SeedSequence(self.args.seed).generate_state(self.args.eval_episodes):
+            obs, info = self.eval_env.reset(seed=int(start))
             while "episode" not in info:  # it is over
                 action = self.model.choose(obs.astype(np.float32), kind == "deterministic")
                 obs, _, _, _, info = self.eval_env.step(action)
