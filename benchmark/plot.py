@@ -6,7 +6,7 @@
 
 Reads folders of runs, and those of benchmark/results/, as they are. A curve is the mean over seeds with its 95 %
 bootstrap interval, which is the range of two or three seeds; tables have t-intervals, which are wider with so few and
-hold what they promise. The score of a run is its mean return over the last tenth of the steps. Over environments,
+hold what they promise. The last table of scores has a column for each environment. The score of a run is its mean return over the last tenth of the steps. Over environments,
 scores are scaled to 0 and 1 (`RANGES` in records.py). Interquartile mean, median, optimality gap, performance profiles
 and probability of improvement have 95 % stratified bootstrap intervals over seeds. They come from rliable, the package
 of the paper that introduced them (Agarwal et al., 2021, arXiv 2108.13264). AdaStop (Mathieu et al., 2023, arXiv
@@ -398,6 +398,22 @@ def print_scores(envs: dict[str, dict[str, list[Run]]], found: dict[str, dict[st
     markdown(*rows)
 
 
+def print_side_by_side(found: dict[str, dict[str, np.ndarray]]) -> None:
+    """Score of each group, a column for each environment: mean with its t-interval, of fewer than three seeds each."""
+    order = [env for env in records.RANGES if env in found]
+    envs = [*order, *(env for env in found if env not in order)]
+    rows = [("algorithm", *envs)]
+    for name in dict.fromkeys(name for groups in found.values() for name in groups):
+        cells = []
+        for env in envs:
+            values = found[env].get(name, np.array([]))
+            each = ", ".join(f"{value:.0f}" for value in values) or "-"
+            mean = f"{values.mean():.0f} ({each})" if len(values) == 2 else each
+            cells.append(cell(*t_interval(values)) if len(values) > 2 else mean)
+        rows.append((name, *cells))
+    markdown(*rows)
+
+
 def print_evaluations(env: str, groups: dict[str, list[Run]]) -> None:
     """Success in % and return at each evaluation, with t-intervals over seeds."""
     rows = [(env, "step", "phase", "seeds", "success % [95 %]", "return [95 %]")]
@@ -456,6 +472,8 @@ def main() -> None:
     found = {env: records.scores(groups, ends[env]) for env, groups in envs.items()}
     if found:
         print_scores(envs, found, ends)
+        if len(found) > 1:
+            print_side_by_side(found)
     if {"statistics", "profiles", "improvement"} & set(args.figures):
         show_statistics(found, style, args)
 

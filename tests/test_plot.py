@@ -373,6 +373,31 @@ def test_script_from_the_policy(tmp_path):
     assert run.algorithm == "Gaussian"
 
 
+def test_scores_side_by_side(main, tmp_path):
+    """Environments in the order of RANGES. Of 1, 2, 3 the interval is as in `test_t_interval`."""
+    for env, values in (("Ant-v4", [7]), ("Mine-v0", [1, 2]), ("Hopper-v4", [1, 2, 3])):
+        for seed, value in enumerate(values):
+            folder = tmp_path / "runs" / f"{env}__sac_flow_g__{seed}"
+            folder.mkdir(parents=True)
+            write_run(folder, [(90, value - 0.25), (100, value + 0.25)], env_id=env, seed=seed)
+    folder = tmp_path / "runs" / "Ant-v4__sac_flow_t__1"
+    folder.mkdir()
+    write_run(folder, [(100, 8)], env_id="Ant-v4")
+    *_, table = main("runs", "--figures", "curves")
+    assert table == [
+        ["algorithm", "Hopper-v4", "Ant-v4", "Mine-v0"],
+        ["Flow-G", "2 [-0, 4]", "7", "2 (1, 2)"],
+        ["Flow-T", "-", "8", "-"],
+    ]
+
+
+def test_readme_has_the_published_scores(main):
+    *_, table = main(ROOT / "benchmark" / "results" / "mujoco", "--figures", "curves")
+    readme = (ROOT / "README.md").read_text()
+    for row in table[1:]:
+        assert f"| {' | '.join(row)} |" in readme
+
+
 def test_published_results_are_read_as_they_are(capsys):
     """Every folder of benchmark/results that has curves; the study's files by the default's average."""
     folder = ROOT / "benchmark" / "results"
