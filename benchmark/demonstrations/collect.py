@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "measurements")]
-from sac_flow_offline2online import play_set, read_flags  # noqa: E402
+from sac_flow_offline2online import ROBOSUITE, play_set, read_flags  # noqa: E402
 
 # The environments of robomimic's v1.5 data sets, as public quotations of their env_args give them
 ENV_KWARGS = dict(
@@ -208,15 +208,15 @@ class Task(NamedTuple):
     """A robosuite environment and its expert; `horizon` is the number of steps after which an attempt has failed."""
 
     name: str
+    horizon: int
     expert: Callable
     noise: float
-    horizon: int
 
 
 TASKS = {
-    "lift": Task("Lift", lift, 0.1, 300),
-    "can": Task("PickPlaceCan", can, 0.1, 300),
-    "square": Task("NutAssemblySquare", square, 0.05, 400),
+    "lift": Task(*ROBOSUITE["lift"], lift, 0.1),
+    "can": Task(*ROBOSUITE["can"], can, 0.1),
+    "square": Task(*ROBOSUITE["square"], square, 0.05),
 }
 
 
