@@ -49,8 +49,7 @@ import threading
 import time
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial, wraps
 from pathlib import Path
 from traceback import format_exception
@@ -857,10 +856,10 @@ def flag(name: str) -> str:
 
 def in_digits(word: str) -> str:
     """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; any other word stays."""
-    *start, number = word.rpartition("=")
+    start, equals, number = word.rpartition("=")
     with contextlib.suppress(ValueError):
         if "e" in number and float(number).is_integer():
-            return "".join([*start, str(int(float(number)))])
+            return f"{start}{equals}{float(number):.0f}"
     return word
 
 
@@ -890,20 +889,22 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     argv = [in_digits(word) for word in sys.argv[1:]]
     args = read_flags(Args, __doc__, args=argv)
     checkpoint = None
-    for name in ("resume", "evaluate", "run_name"):
-        if getattr(args, name) == "":
-            fail(f"{flag(name)} is empty: leave it out, or check the shell variable that it came from")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
         path = Path(folder)
-        if args.resume and path.suffix == ".pt":
+        if args.evaluate:
+            checkpoint = load(path if path.is_file() else path / "policy.pt", "obs_dim")
+        elif path.is_file():
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
-        name, key = ("checkpoint.pt", "progress") if args.resume else ("policy.pt", "obs_dim")
-        checkpoint = load(path if path.suffix == ".pt" else path / name, key)
-        saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
-        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False)
-        saved.track = saved.track and bool(args.resume)
+        else:
+            checkpoint = load(path / "checkpoint.pt", "progress")
+        saved = Args(**checkpoint["args"])
+        saved.resume = args.resume
+        saved.evaluate = args.evaluate
+        saved.capture_video = False
+        saved.track &= bool(args.resume)
+        saved.cuda &= torch.cuda.is_available()
         args = read_flags(Args, __doc__, args=argv, default=saved)
         may_change = "online_steps cuda compile capture_video track save_every eval_every eval_episodes".split()
         may_change += ["seed"] if args.evaluate else []
@@ -922,6 +923,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     args.sparse = task.startswith(("scene", "puzzle-3x3")) if args.sparse is None else args.sparse
 
     rules = [
+        ("resume|evaluate|run_name", lambda name: name != "", "a name (a shell variable was empty?)"),
         ("seed|offline_steps|online_st.*", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
         ("collect", lambda n: n is None or 0 <= n < 2**32, "0 or more, and below 2^32"),
         ("batch_size", lambda n: 1 <= n <= args.buffer_size, f"from 1 to --buffer-size {args.buffer_size}"),
@@ -937,7 +939,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     for names, holds, requirement in rules:
         for name, value in vars(args).items():
             if re.fullmatch(names, name) and not holds(value):
-                fail(f"{flag(name)} must be {requirement}, not {value}")
+                fail(f"{flag(name)} must be {requirement}, not {value!r}")
     if args.capture_video and not args.evaluate:
         fail("--capture-video goes with --evaluate")
     if args.offline_steps + args.online_steps == 0:
@@ -1081,33 +1083,27 @@ class Run:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
 
-                name = self.folder.name
-                wandb.init(project="sac-flow", id=name, resume="allow", config=asdict(args), sync_tensorboard=True)
+                own = dict(id=self.folder.name, config=asdict(args))
+                wandb.init(project="sac-flow", resume="allow", sync_tensorboard=True, **own)
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
             lock(self.lock)
-            (self.folder / "args.json").write_text(
-                json.dumps(asdict(args) | {"files": self.progress.files}, indent=2) + "\n"
-            )
+            flags = json.dumps(asdict(args) | {"files": self.progress.files}, indent=2)
+            (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
                 with open(self.folder / name, "w", newline="") as file:
                     csv.writer(file, lineterminator="\n").writerows(rows)
             self.writer = SummaryWriter(self.folder, purge_step=self.progress.step + 1 if checkpoint else None)
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
+        self.writer.add_text("args", f"```\n{flags}\n```")
         print(f"run: {self.folder}", flush=True)
 
     def __enter__(self):
         threading.excepthook = thread_failed
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        done = self.progress.step
-        form = "{l_bar}{bar}| {n}/{total} [{elapsed}{postfix}]"
-        quiet = not sys.stderr.isatty()  # a log file gets lines instead
-        self.bar = tqdm(total=self.total, initial=done, dynamic_ncols=True, bar_format=form, disable=quiet)
+        shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
+        self.bar = tqdm(total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown)
         self.clock = time.time() - self.progress.seconds
-        self.said = time.time()  # the latest line
-        self.compiled = None  # step and seconds when updates had been compiled: speed counts from there
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -1180,20 +1176,12 @@ class Run:
             self.say_how_it_goes(means["alpha"])
 
     def say_how_it_goes(self, alpha: float) -> None:
-        """Steps per second, return of the last ten episodes and the time left: in the bar, or a line a minute."""
-        step = self.progress.step
+        """Return of the last ten episodes and alpha, in the bar; a log file has it as a line every 1 000 updates."""
         recent = [row[1] for row in self.progress.rows["returns.csv"][1:][-10:]]
         shown = f"return {np.mean(recent):.4g}, " if recent else ""
-        if self.compiled:
-            speed = (step - self.compiled[0]) / (self.seconds() - self.compiled[1])
-            left = timedelta(seconds=round((self.total - step) / speed))
-            shown += f"{speed:.1f} steps/s, {left} left, "
-        self.compiled = self.compiled or (step, self.seconds())
-        line = f"{shown}alpha {alpha:.2g}"
-        self.bar.set_postfix_str(line, refresh=False)
-        if self.bar.disable and time.time() - self.said > 60:
-            self.said = time.time()
-            print(f"step {step} of {self.total}: {line}", file=sys.stderr, flush=True)
+        self.bar.set_postfix_str(f"{shown}alpha {alpha:.2g}", refresh=False)
+        if not sys.stderr.isatty() and self.progress.updates % 1000 == 0:
+            print(self.bar, file=sys.stderr, flush=True)
 
     def count_step(self) -> None:
         """Note a step."""
@@ -1241,9 +1229,15 @@ class Run:
 
     def save_policy(self, name: str, actor: Actor, env: gym.Env) -> None:
         """Write an actor, what builds it, as `load_policy` reads it, and the statistics by which `env` normalises."""
-        own = {"script": SCRIPT, "args": asdict(self.args), "step": self.progress.step}
-        own |= {"obs_dim": actor.obs_dim, "statistics": running_statistics(env)}
-        write(self.folder / name, own | {"actor": actor.state_dict()})
+        policy = {
+            "script": SCRIPT,
+            "args": asdict(self.args),
+            "step": self.progress.step,
+            "obs_dim": actor.obs_dim,
+            "statistics": running_statistics(env),
+            "actor": actor.state_dict(),
+        }
+        write(self.folder / name, policy)
 
     def say_where(self) -> None:
         """Say where the run is, and how to resume one that was stopped, which has an exit code of its own."""
@@ -1315,14 +1309,14 @@ def play(args: Args, policy: dict) -> None:
     path = Path(args.evaluate)
     if args.capture_video:
         first = lambda episode: episode % args.eval_episodes == 0  # noqa: E731  of each kind
-        env = record_videos(env, path.parent if path.suffix == ".pt" else path, "evaluation", first)
+        env = record_videos(env, path.parent if path.is_file() else path, "evaluation", first)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size * args.chunk != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     set_running_statistics(env, policy["statistics"], frozen=True)
     env = rescaled(env, actor) if args.rescale_actions else env
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
-    with env:
+    with env, explained(f"--evaluate {path}"):
         for kind in ("deterministic", "stochastic"):
             seed_random(args.seed)
             act = partial(choose, deterministic=kind == "deterministic")
@@ -1334,12 +1328,6 @@ def seed_random(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def generator_of(env: gym.Env) -> np.random.BitGenerator:
-    """An environment's source of random numbers; that of dm_control's tasks is a RandomState."""
-    generator = env.unwrapped.np_random
-    return generator.bit_generator if hasattr(generator, "bit_generator") else generator._bit_generator
 
 
 def in_plain_types(state):
@@ -1354,7 +1342,7 @@ def random_states(device: torch.device, env: gym.Env) -> dict:
         "numpy": in_plain_types(np.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "env": in_plain_types(generator_of(env).state),
+        "env": in_plain_types(env.unwrapped.np_random._bit_generator.state),  # _: for dm_control's RandomState
     }
 
 
@@ -1363,7 +1351,7 @@ def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    generator_of(env).state = states["env"]
+    env.unwrapped.np_random._bit_generator.state = states["env"]
     if (states["cuda"] is not None) != (device.type == "cuda"):
         note(f"saved on another device, continuing on {device.type}: not bit for bit")
     elif device.type == "cuda":
@@ -1411,11 +1399,14 @@ def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = Fals
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
     """All that decides how a run continues from an episode's end."""
-    state = {name: part.state_dict() for name, part in learned.items()}
-    state |= {name: tensor.detach() for name, tensor in tensors.items()}
-    state |= {"buffer": buffer.filled(), "buffer_added": buffer.added}
-    state |= {"random": random_states(buffer.rows.device, env), "statistics": running_statistics(env)}
-    return state
+    return {
+        **{name: part.state_dict() for name, part in learned.items()},
+        **{name: tensor.detach() for name, tensor in tensors.items()},
+        "buffer": buffer.filled(),
+        "buffer_added": buffer.added,
+        "random": random_states(buffer.rows.device, env),
+        "statistics": running_statistics(env),
+    }
 
 
 def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> None:
@@ -1907,7 +1898,7 @@ def succeeded(info: dict) -> float:
 
 def to_obs(obs) -> np.ndarray:
     """An environment's observation as float32, the type in which it is stored and fed to the networks."""
-    return np.asarray(obs, dtype=np.float32)
+    return np.array(obs, dtype=np.float32)  # a copy: an environment may change its own in place
 
 
 def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
@@ -1939,7 +1930,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
         while "episode" not in info:  # until it is over
             if not queue:
                 queue = list(act(to_obs(obs)).reshape(-1, env.action_space.low.size))
-            obs, _, _, _, info = env.step(to_action(queue.pop(0), env.action_space))
+            obs, *_, info = env.step(to_action(queue.pop(0), env.action_space))
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
         successes.append(succeeded(info))
@@ -1987,17 +1978,17 @@ def unchanged(function):
 
 def find_compiler(device: torch.device):
     """torch.compile if it works on this machine, else the identity and a note."""
-    options = {
-        # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
-        "guard_filter_fn": lambda guards: [False] * len(guards),
-        # Products of one row, the policy's, become sums that are compiled with the rest: calling a library costs more.
-        "post_grad_fusion_options": {"decompose_mm_pass": {}},
-    }
 
     def jit(function):
+        options = {
+            # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
+            "guard_filter_fn": lambda guards: [False] * len(guards),
+            # Products of one row, the policy's, become sums that are compiled with the rest: a library costs more.
+            "post_grad_fusion_options": {"decompose_mm_pass": {}},
+        }
         # Guards are off, so closures of one text would share the first one's graph: each gets its own code object.
         function.__code__ = function.__code__.replace()
-        return torch.compile(function, dynamic=False, options=dict(options))  # it takes items out of its options
+        return torch.compile(function, dynamic=False, options=options)
 
     try:
         for library in Path(cache_dir()).rglob("*.so"):
@@ -2035,9 +2026,9 @@ class CudaGraph:
     the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
     """
 
-    def __init__(self, function, plain_calls: int = 3):
+    def __init__(self, function):
         self.function = function
-        self.plain_calls = plain_calls
+        self.plain_calls = 3  # to come
         self.graph = None
         self.stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
 

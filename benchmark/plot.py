@@ -6,7 +6,7 @@
 
 Reads folders of runs, and those of benchmark/results/, as they are. A curve is the mean over seeds with its 95 %
 bootstrap interval, which is the range of two or three seeds; tables have t-intervals, which are wider with so few and
-hold what they promise. The last table of scores has a column for each environment. The score of a run is its mean return over the last tenth of the steps. Over environments,
+hold what they promise. The score of a run is its mean return over the last tenth of the steps. Over environments,
 scores are scaled to 0 and 1 (`RANGES` in records.py). Interquartile mean, median, optimality gap, performance profiles
 and probability of improvement have 95 % stratified bootstrap intervals over seeds. They come from rliable, the package
 of the paper that introduced them (Agarwal et al., 2021, arXiv 2108.13264). AdaStop (Mathieu et al., 2023, arXiv

@@ -161,6 +161,13 @@ def test_terminal_and_truncated_transitions(run, tmp_path):
     assert (obs[~even][:, 1] == 6).any() and len(rows) == 48  # truncated episodes ran their 7 steps
 
 
+def test_an_observation_that_changes_in_place_is_copied(run, tmp_path):
+    done = run("--env-id", "tiny_envs:InPlace-v0", "--total-timesteps", 50, "--learning-starts", 45, *SMALL)
+    assert done.returncode == 0, done.stderr
+    rows = checkpoint(the_run(tmp_path))["buffer"]
+    assert (rows[:, 0] != rows[:, -1]).all()
+
+
 @pytest.mark.parametrize("control", ["sac_flow_naive", "sac_gaussian"])
 def test_controls_run_resume_and_evaluate_alike(tmp_path, control, start):
     flags = ["--env-id", "InvertedPendulum-v4", "--learning-starts", 100, "--no-compile", "--no-cuda"]
@@ -249,19 +256,12 @@ def test_evaluation_takes_no_time_of_the_run_and_keeps_the_best_policy(script, m
 
 
 def test_a_log_file_gets_lines(script, main, monkeypatch, capsys):
-    """Not the fragments of a progress bar: with the speed since updates began, and the time that is left."""
-    write = script.Run.say_how_it_goes
-
-    def at_once(run, alpha):
-        run.said = 0
-        write(run, alpha)
-
-    monkeypatch.setattr(script.Run, "say_how_it_goes", at_once)
-    folder = main(script, *PENDULUM, "--total-timesteps", 400, "--run-name", "x")
+    """Not the fragments of a progress bar: a line every 1 000 updates, with the speed and the time that is left."""
+    folder = main(script, *PENDULUM, "--total-timesteps", 1300, "--run-name", "x")
     output = capsys.readouterr()
-    lines = output.err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["step 200 of 400", "step 300 of 400", "step 400 of 400"]
-    assert re.fullmatch(r"step 300 of 400: return [\d.]+, [\d.]+ steps/s, 0:00:\d\d left, alpha 0.0[\d]+", lines[1])
+    (line,) = output.err.splitlines()
+    shown = r"1100/1300 \[00:\d\d<00:\d\d, +[\d.]+ steps/s, return [\d.]+, alpha 0.0\d+\]"
+    assert re.fullmatch(rf" 85%\|.*\| {shown}", line), line
     assert output.out.startswith("run: runs/x\n") and folder.name == "x"
 
 
@@ -507,6 +507,28 @@ def test_evaluations_of_two_seeds_share_no_start(name):
     assert starts[0][:3] == starts[6]  # the first of many are those of few
 
 
+def test_an_environment_that_cannot_be_shown_is_played_unseen(script, monkeypatch):
+    monkeypatch.setenv("DISPLAY", ":99")
+    env = script.make_env("Home-v0", 5, "human")  # it takes no render_mode
+    env.reset(seed=0)
+
+
+def test_an_error_while_playing_is_a_line(script, main, monkeypatch, capsys):
+    """And a run whose name looks like that of a policy file is a run all the same."""
+    folder = main(script, *PENDULUM, "--total-timesteps", 110, "--run-name", "x.pt")
+
+    def evaluate(*args):
+        raise RuntimeError("the arm fell off\nand much more")
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        main(script, "--evaluate", folder)
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"error: --evaluate {folder}: the arm fell off")
+
+
 def test_evaluate(run, tmp_path):
     assert run(*PENDULUM, "--total-timesteps", 200).returncode == 0
     folder = the_run(tmp_path)
@@ -615,7 +637,7 @@ def test_an_empty_name_is_an_error(script, tmp_path, monkeypatch, capsys, flag):
     monkeypatch.setattr("sys.argv", ["script", flag, "", *few])
     with pytest.raises(SystemExit) as error:
         script.main()
-    assert error.value.code == 2 and f"{flag} is empty" in capsys.readouterr().err
+    assert error.value.code == 2 and f"{flag} must be a name" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

@@ -111,6 +111,21 @@ class Endless(Home):
         return obs, reward, False, False, {}
 
 
+class InPlace(Home):
+    """`Home` whose observation is one float32 array, changed in place, as careless environments do."""
+
+    observation_space = gym.spaces.Box(-4, 4, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.obs = super().reset(seed=seed)[0].astype(np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        self.obs[:] = obs
+        return self.obs, *rest
+
+
 class Dice(Home):
     """`Home` with a die thrown into every reward by numpy's global generator, as careless environments do."""
 
@@ -137,6 +152,7 @@ gym.register("Home-v0", "tiny_envs:Home")  # by name, as Minari needs it
 gym.register("Recorded-v0", "tiny_envs:Recorded")
 gym.register("Normalized-v0", lambda: NormalizeReward(NormalizeObservation(Home())), max_episode_steps=9)
 gym.register("Dice-v0", Dice)
+gym.register("InPlace-v0", InPlace)
 gym.register("Endless-v0", Endless)
 gym.register("Broken-v0", lambda: 1 / 0)
 gym.register("Exits-v0", lambda: sys.exit(0))

@@ -38,8 +38,7 @@ import threading
 import time
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial, wraps
 from pathlib import Path
 from traceback import format_exception
@@ -220,9 +219,14 @@ class BatchRenorm(nn.Module):
     average.
     """
 
-    def __init__(self, dim: int, momentum=0.99, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
+    momentum = 0.99
+    eps = 1e-3
+    r_max = 3.0
+    d_max = 5.0
+
+    def __init__(self, dim: int, warmup: int = 100_000):
         super().__init__()
-        self.momentum, self.eps, self.r_max, self.d_max, self.warmup = momentum, eps, r_max, d_max, warmup
+        self.warmup = warmup
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("running_mean", torch.zeros(dim))
@@ -257,7 +261,7 @@ class BatchRenorm(nn.Module):
 class Critic(nn.Module):
     """Q(s, a): two hidden layers; with `renorm` (a factory, dim -> module) normalised before each Linear, as CrossQ."""
 
-    def __init__(self, obs_dim: int, action_dim: int, dim: int, renorm=lambda dim: nn.Identity()):
+    def __init__(self, obs_dim: int, action_dim: int, dim: int, renorm=nn.Identity):
         super().__init__()
         self.net = nn.Sequential(
             renorm(obs_dim + action_dim),
@@ -568,10 +572,10 @@ def flag(name: str) -> str:
 
 def in_digits(word: str) -> str:
     """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; any other word stays."""
-    *start, number = word.rpartition("=")
+    start, equals, number = word.rpartition("=")
     with contextlib.suppress(ValueError):
         if "e" in number and float(number).is_integer():
-            return "".join([*start, str(int(float(number)))])
+            return f"{start}{equals}{float(number):.0f}"
     return word
 
 
@@ -601,20 +605,22 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     argv = [in_digits(word) for word in sys.argv[1:]]
     args = read_flags(Args, __doc__, args=argv)
     checkpoint = None
-    for name in ("resume", "evaluate", "run_name"):
-        if getattr(args, name) == "":
-            fail(f"{flag(name)} is empty: leave it out, or check the shell variable that it came from")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     if folder := args.resume or args.evaluate:
         path = Path(folder)
-        if args.resume and path.suffix == ".pt":
+        if args.evaluate:
+            checkpoint = load(path if path.is_file() else path / "policy.pt", "obs_dim")
+        elif path.is_file():
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
-        name, key = ("checkpoint.pt", "progress") if args.resume else ("policy.pt", "obs_dim")
-        checkpoint = load(path if path.suffix == ".pt" else path / name, key)
-        saved = Args(**{**checkpoint["args"], "resume": args.resume, "evaluate": args.evaluate})
-        saved = replace(saved, cuda=saved.cuda and torch.cuda.is_available(), capture_video=False)
-        saved.track = saved.track and bool(args.resume)
+        else:
+            checkpoint = load(path / "checkpoint.pt", "progress")
+        saved = Args(**checkpoint["args"])
+        saved.resume = args.resume
+        saved.evaluate = args.evaluate
+        saved.capture_video = False
+        saved.track &= bool(args.resume)
+        saved.cuda &= torch.cuda.is_available()
         args = read_flags(Args, __doc__, args=argv, default=saved)
         may_change = "total_timesteps cuda compile capture_video track save_every eval_every eval_episodes".split()
         may_change += ["seed"] if args.evaluate else []
@@ -632,6 +638,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     from_0 = "seed|learning_starts|renorm_warmup|eval_every|encoder_dim"
     from_1 = "(?!encoder).*_(size|dim|layers|steps|timesteps|episodes|delay)|save_every"
     rules = [
+        ("resume|evaluate|run_name", lambda name: name != "", "a name (a shell variable was empty?)"),
         (from_0, lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
         ("batch_size", lambda n: least <= n <= args.buffer_size, f"from {least} to --buffer-size {args.buffer_size}"),
         (from_1, lambda n: n is None or n >= 1, "1 or more"),
@@ -646,13 +653,13 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     for names, holds, requirement in rules:
         for name, value in vars(args).items():
             if re.fullmatch(names, name) and not holds(value):
-                fail(f"{flag(name)} must be {requirement}, not {value}")
+                fail(f"{flag(name)} must be {requirement}, not {value!r}")
     return args, checkpoint
 
 
 def renorm_of(args: Args):
     """The flags' factory, dim -> module, of what normalises."""
-    return partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else lambda dim: nn.Identity()
+    return partial(BatchRenorm, warmup=args.renorm_warmup) if args.crossq else nn.Identity
 
 
 def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
@@ -736,31 +743,27 @@ class Run:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
 
-                name = self.folder.name
-                wandb.init(project="sac-flow", id=name, resume="allow", config=asdict(args), sync_tensorboard=True)
+                own = dict(id=self.folder.name, config=asdict(args))
+                wandb.init(project="sac-flow", resume="allow", sync_tensorboard=True, **own)
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
             lock(self.lock)
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            flags = json.dumps(asdict(args), indent=2)
+            (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
                 with open(self.folder / name, "w", newline="") as file:
                     csv.writer(file, lineterminator="\n").writerows(rows)
             self.writer = SummaryWriter(self.folder, purge_step=self.progress.step + 1 if checkpoint else None)
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
+        self.writer.add_text("args", f"```\n{flags}\n```")
         print(f"run: {self.folder}", flush=True)
 
     def __enter__(self):
         threading.excepthook = thread_failed
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        done = self.progress.step
-        form = "{l_bar}{bar}| {n}/{total} [{elapsed}{postfix}]"
-        quiet = not sys.stderr.isatty()  # a log file gets lines instead
-        self.bar = tqdm(total=self.total, initial=done, dynamic_ncols=True, bar_format=form, disable=quiet)
+        shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
+        self.bar = tqdm(total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown)
         self.clock = time.time() - self.progress.seconds
-        self.said = time.time()  # the latest line
-        self.compiled = None  # step and seconds when updates had been compiled: speed counts from there
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -833,20 +836,12 @@ class Run:
             self.say_how_it_goes(means["alpha"])
 
     def say_how_it_goes(self, alpha: float) -> None:
-        """Steps per second, return of the last ten episodes and the time left: in the bar, or a line a minute."""
-        step = self.progress.step
+        """Return of the last ten episodes and alpha, in the bar; a log file has it as a line every 1 000 updates."""
         recent = [row[1] for row in self.progress.rows["returns.csv"][1:][-10:]]
         shown = f"return {np.mean(recent):.4g}, " if recent else ""
-        if self.compiled:
-            speed = (step - self.compiled[0]) / (self.seconds() - self.compiled[1])
-            left = timedelta(seconds=round((self.total - step) / speed))
-            shown += f"{speed:.1f} steps/s, {left} left, "
-        self.compiled = self.compiled or (step, self.seconds())
-        line = f"{shown}alpha {alpha:.2g}"
-        self.bar.set_postfix_str(line, refresh=False)
-        if self.bar.disable and time.time() - self.said > 60:
-            self.said = time.time()
-            print(f"step {step} of {self.total}: {line}", file=sys.stderr, flush=True)
+        self.bar.set_postfix_str(f"{shown}alpha {alpha:.2g}", refresh=False)
+        if not sys.stderr.isatty() and self.progress.updates % 1000 == 0:
+            print(self.bar, file=sys.stderr, flush=True)
 
     def count_step(self) -> None:
         """Note a step."""
@@ -899,9 +894,15 @@ class Run:
 
     def save_policy(self, name: str, actor: Actor, env: gym.Env) -> None:
         """Write an actor, what builds it, as `load_policy` reads it, and the statistics by which `env` normalises."""
-        own = {"script": SCRIPT, "args": asdict(self.args), "step": self.progress.step}
-        own |= {"obs_dim": actor.obs_dim, "statistics": running_statistics(env)}
-        write(self.folder / name, own | {"actor": actor.state_dict()})
+        policy = {
+            "script": SCRIPT,
+            "args": asdict(self.args),
+            "step": self.progress.step,
+            "obs_dim": actor.obs_dim,
+            "statistics": running_statistics(env),
+            "actor": actor.state_dict(),
+        }
+        write(self.folder / name, policy)
 
     def say_where(self) -> None:
         """Say where the run is, and how to resume one that was stopped, which has an exit code of its own."""
@@ -972,14 +973,14 @@ def play(args: Args, policy: dict) -> None:
     path = Path(args.evaluate)
     if args.capture_video:
         first = lambda episode: episode % args.eval_episodes == 0  # noqa: E731  of each kind
-        env = record_videos(env, path.parent if path.suffix == ".pt" else path, "evaluation", first)
+        env = record_videos(env, path.parent if path.is_file() else path, "evaluation", first)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     set_running_statistics(env, policy["statistics"], frozen=True)
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
     seed_random(args.seed)
-    with env:
+    with env, explained(f"--evaluate {path}"):
         for kind in ("deterministic", "stochastic"):
             act = partial(choose, deterministic=kind == "deterministic")
             print(f"{kind}: {describe(evaluate(act, env, args.eval_episodes, args.seed))}", flush=True)
@@ -990,12 +991,6 @@ def seed_random(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def generator_of(env: gym.Env) -> np.random.BitGenerator:
-    """An environment's source of random numbers; that of dm_control's tasks is a RandomState."""
-    generator = env.unwrapped.np_random
-    return generator.bit_generator if hasattr(generator, "bit_generator") else generator._bit_generator
 
 
 def in_plain_types(state):
@@ -1010,7 +1005,7 @@ def random_states(device: torch.device, env: gym.Env) -> dict:
         "numpy": in_plain_types(np.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "env": in_plain_types(generator_of(env).state),
+        "env": in_plain_types(env.unwrapped.np_random._bit_generator.state),  # _: for dm_control's RandomState
         "action_space": env.action_space.np_random.bit_generator.state,
     }
 
@@ -1020,7 +1015,7 @@ def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    generator_of(env).state = states["env"]
+    env.unwrapped.np_random._bit_generator.state = states["env"]
     env.action_space.np_random.bit_generator.state = states["action_space"]
     if (states["cuda"] is not None) != (device.type == "cuda"):
         note(f"saved on another device, continuing on {device.type}: not bit for bit")
@@ -1069,11 +1064,14 @@ def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = Fals
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
     """All that decides how a run continues from an episode's end."""
-    state = {name: part.state_dict() for name, part in learned.items()}
-    state |= {name: tensor.detach() for name, tensor in tensors.items()}
-    state |= {"buffer": buffer.filled(), "buffer_added": buffer.added}
-    state |= {"random": random_states(buffer.rows.device, env), "statistics": running_statistics(env)}
-    return state
+    return {
+        **{name: part.state_dict() for name, part in learned.items()},
+        **{name: tensor.detach() for name, tensor in tensors.items()},
+        "buffer": buffer.filled(),
+        "buffer_added": buffer.added,
+        "random": random_states(buffer.rows.device, env),
+        "statistics": running_statistics(env),
+    }
 
 
 def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> None:
@@ -1115,7 +1113,10 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
     if render_mode == "human" and headless:
         render_mode = None
     with explained(f"--env-id {env_id}"):
-        env = gym.make(env_id, max_episode_steps, **({"render_mode": render_mode} if render_mode else {}))
+        try:
+            env = gym.make(env_id, max_episode_steps, **({"render_mode": render_mode} if render_mode else {}))
+        except TypeError:  # it takes no render_mode: play it unseen
+            env = gym.make(env_id, max_episode_steps)
     if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
         env = gym.wrappers.TimeLimit(env, 10_000)
         note(f"{env_id} has no time limit: episodes are truncated after 10 000 steps, or after --max-episode-steps")
@@ -1144,7 +1145,7 @@ def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym
 
 def to_obs(obs) -> np.ndarray:
     """An environment's observation as float32, the type in which it is stored and fed to the networks."""
-    return np.asarray(obs, dtype=np.float32)
+    return np.array(obs, dtype=np.float32)  # a copy: an environment may change its own in place
 
 
 def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
@@ -1162,7 +1163,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     for start in np.random.SeedSequence(seed).generate_state(episodes):
         obs, info = env.reset(seed=int(start))
         while "episode" not in info:  # until it is over
-            obs, _, _, _, info = env.step(to_action(act(to_obs(obs)), env.action_space))
+            obs, *_, info = env.step(to_action(act(to_obs(obs)), env.action_space))
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
     error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # the sample's deviation over the root of episodes
@@ -1202,17 +1203,17 @@ def unchanged(function):
 
 def find_compiler(device: torch.device):
     """torch.compile if it works on this machine, else the identity and a note."""
-    options = {
-        # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
-        "guard_filter_fn": lambda guards: [False] * len(guards),
-        # Products of one row, the policy's, become sums that are compiled with the rest: calling a library costs more.
-        "post_grad_fusion_options": {"decompose_mm_pass": {}},
-    }
 
     def jit(function):
+        options = {
+            # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
+            "guard_filter_fn": lambda guards: [False] * len(guards),
+            # Products of one row, the policy's, become sums that are compiled with the rest: a library costs more.
+            "post_grad_fusion_options": {"decompose_mm_pass": {}},
+        }
         # Guards are off, so closures of one text would share the first one's graph: each gets its own code object.
         function.__code__ = function.__code__.replace()
-        return torch.compile(function, dynamic=False, options=dict(options))  # it takes items out of its options
+        return torch.compile(function, dynamic=False, options=options)
 
     try:
         for library in Path(cache_dir()).rglob("*.so"):
@@ -1250,9 +1251,9 @@ class CudaGraph:
     the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
     """
 
-    def __init__(self, function, plain_calls: int = 3):
+    def __init__(self, function):
         self.function = function
-        self.plain_calls = plain_calls
+        self.plain_calls = 3  # to come
         self.graph = None
         self.stream = torch.cuda.Stream()  # what a graph will own must not have been in use on the default stream
 
