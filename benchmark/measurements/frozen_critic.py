@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from gradient_norms import COLORS, NAMES, load, parse_args, pyplot, write
+from gradient_norms import COLORS, NAMES, load, parse_args, pyplot, save, write
 
 
 @dataclass
@@ -108,7 +108,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set_ylabel(label)
     axes.flat[0].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    save(figure, path)
 
 
 def main() -> None:

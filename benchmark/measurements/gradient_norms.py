@@ -10,7 +10,7 @@ run's checkpoint, on observations of its replay buffer.
     python benchmark/measurements/gradient_norms.py --out benchmark/results/gradients
     python benchmark/measurements/gradient_norms.py --runs runs/Hopper-v4__* --out benchmark/results/gradients
 
-Writes <out>/init.csv, training.csv, checkpoints.csv and a figure of each: means over seeds, bars of the range.
+Writes <out>/init.csv, training.csv, checkpoints.csv and a figure of each: means over seeds, bands of the range.
 """
 
 import copy
@@ -37,6 +37,7 @@ from sac_flow_g import explained, fail, flag, read_flags  # noqa: E402
 SCRIPTS = ("sac_flow_naive", "sac_flow_g", "sac_flow_t")
 NAMES = {script: records.NAMES[script] for script in SCRIPTS}
 COLORS = {script: records.COLORS[name] for script, name in NAMES.items()}
+RELATIVE = "gradient at step i, relative to A_K"
 AS_INITIALISED = {"sac_flow_t": dict(contractive=False)}  # PyTorch's start, not the script's
 
 
@@ -92,6 +93,7 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = "sac-flow"  # the same data, the same file
     return plt
 
 
@@ -261,17 +263,17 @@ def growth_by_step(rows: list[dict], keys: list[str], column: str) -> dict:
 
 
 def panel(axis, curves: dict, fixed: tuple, title: str) -> None:
-    """One line per velocity: geometric mean over seeds against the step, bars from least to largest."""
+    """One line per velocity: geometric mean over seeds against the step, in a band from least to largest."""
     for name in NAMES:
         curve = curves.get((name, *fixed))
         if not curve:
             continue
         x = sorted(curve)
         mean = [math.exp(sum(math.log(max(v, 1e-12)) for v in curve[i]) / len(curve[i])) for i in x]
-        low, high = (
-            [max(0.0, s * (m - f(curve[i]))) for i, m in zip(x, mean, strict=True)] for f, s in ((min, 1), (max, -1))
-        )
-        axis.errorbar(x, mean, yerr=[low, high], label=NAMES[name], color=COLORS[name], capsize=2, marker="o", ms=3)
+        axis.plot(x, mean, label=NAMES[name], color=COLORS[name], marker="o", ms=3)
+        low = [min(curve[i]) for i in x]
+        high = [max(curve[i]) for i in x]
+        axis.fill_between(x, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
     axis.axhline(1, color="black", lw=0.5)
     axis.set(yscale="log", title=title, xlabel="step i of the rollout")
 
@@ -302,10 +304,17 @@ def grid(plt, rows: list[dict], path: Path) -> None:
         column[0].axhline(1, color="black", lw=0.5)
         column[0].set(yscale="log", xlabel="training step")
     for axis in axes[:, 0]:
-        axis.set_ylabel("|dL/dA_i| / |dL/dA_K|" if axis is axes[1, 0] or "score_step" in rows[0] else "i = 0")
+        over_steps = axis is axes[1, 0] or "score_step" in rows[0]
+        axis.set_ylabel(RELATIVE if over_steps else "gradient at A_0, relative to A_K")
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    """Write a figure as PNG and SVG; the same data give the same files."""
+    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def main() -> None:
@@ -327,10 +336,10 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(args.weight_scales), figsize=(4 * len(args.weight_scales), 3.4), sharey=True)
     for axis, scale in zip(figure.axes, args.weight_scales, strict=True):
         panel(axis, curves, (largest, scale), f"weights x {scale:g}, K = {largest}")
-    figure.axes[0].set_ylabel("|dL/dA_i| / |dL/dA_K|")
+    figure.axes[0].set_ylabel(RELATIVE)
     figure.axes[0].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(args.out / "init.png", dpi=120)
+    save(figure, args.out / "init.png")
     if args.runs:
         grid(plt, tables["training"], args.out / "training.png")
         grid(plt, tables["checkpoints"], args.out / "checkpoints.png")
