@@ -168,7 +168,7 @@ def test_notebook_runs_from_top_to_bottom():
     assert numbers["bounds"]["Flow-G x 1.0"][3] < 1 < numbers["bounds"]["Flow-G x 1.0"][4]  # one sees the gate
 
     matched = numbers["matched"]
-    plain = matched["plain flow, weights x 5"]
+    plain = matched["Plain flow, weights x 5"]
     assert matched["Flow-T x 5, as fast at the noise"][0] == pytest.approx(plain[0], rel=0.01)
     assert matched["Flow-T x 5, as fast on the path"][1] == pytest.approx(plain[1], rel=0.01)
     growth = {name: row[-1] for name, row in matched.items()}
