@@ -66,7 +66,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-LOSSES = ("qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy")
+LOSSES = (
+    "qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy", "alpha_log_prob",
+)  # fmt: skip
 # robosuite's tasks: its environment's name, the horizon of robomimic's data sets
 ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("NutAssemblySquare", 400)}
 SCORES = ("success_rate", "success_low", "success_high", "return", "return_error", "length")  # of an evaluation
@@ -742,7 +744,7 @@ def main() -> None:
         if args.autotune:
             apply_gradients(alpha_optimizer, torch.autograd.grad(loss_alpha, [log_alpha]))
         record(losses, actor_loss=loss, flow_matching=matching, bc=bc)
-        record(losses, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob)
+        record(losses, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob, alpha_log_prob=alpha * log_prob)
 
     update_offline = graph(partial(update, offline=True))  # take and return nothing: all is in tensors that stay
     update_online = graph(partial(update, offline=False))
@@ -753,6 +755,7 @@ def main() -> None:
             noise = actor.draw_noise(args.batch_size)
             norms = gradient_norms(actor, critics, batch, noise, log_alpha.detach().exp(), beta)
         run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
+        run.write_scalars({"flow/sigma": actor.sigma(batch[0]).mean().item()})
 
     def score() -> None:
         """Evaluate. Neither training nor its clock notices."""

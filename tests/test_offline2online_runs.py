@@ -201,6 +201,10 @@ def test_both_phases_and_what_they_leave(run, tmp_path, pendulum):
     (_, offline), (_, online) = values["losses/flow_matching"]
     assert offline > 0 == online and all(value > 0 for _, value in values["losses/bc"])
     assert {"losses/qf_loss", "losses/alpha", "eval/return", "charts/SPS", "charts/episodic_return"} <= set(values)
+    for (_, share), (_, alpha), (_, entropy) in zip(
+        values["losses/alpha_log_prob"], values["losses/alpha"], values["losses/entropy"], strict=True
+    ):
+        assert share == pytest.approx(-alpha * entropy, rel=0.1)  # a mean of products beside a product of means
     episodes = list(csv.DictReader(open(folder / "returns.csv")))
     lengths = np.array([int(row["length"]) for row in episodes])
     assert len(episodes) >= 3 and [int(row["step"]) for row in episodes] == (100 + lengths.cumsum()).tolist()
