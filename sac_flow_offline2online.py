@@ -395,10 +395,11 @@ class Actor(nn.Module):
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
 
-        For the velocity of a true flow and large K, both steps with the score (t v - a) / (1 - t) of the linear path's
-        marginal leave the marginals as they are without noise. Euler's, the paper's, overshoots where sigma is
-        large. The exponential one has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within the step and
-        solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the derivation).
+        The score of the linear path's marginal is (t v - a) / (1 - t). For the velocity of a true flow and large K,
+        both steps with the score keep the marginals of the rollout without noise. Euler's step, the paper's, overshoots
+        where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within
+        the step and solves the rest exactly, so the score's factor rho is in (0, 1) whatever sigma and K (step 8 of
+        the derivation).
         """
         dt = 1 / self.flow_steps
         t = i * dt
@@ -1031,7 +1032,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds it; lower it, or --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds that; lower it, or use --no-autotune")
     return target
 
 
@@ -1131,7 +1132,7 @@ class Run:
     def on_signal(self, number, frame) -> None:
         self.interrupted = number
         signal.signal(number, signal.SIG_DFL)
-        tqdm.write("stopping at the end of this episode; the same again stops at once", file=sys.stderr)
+        tqdm.write("stopping at the end of this episode; a second Ctrl-C or kill stops at once", file=sys.stderr)
 
     def seconds(self) -> float:
         """Time spent training so far."""
@@ -1433,7 +1434,7 @@ def lock(file) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        fail(f"{Path(file.name).parent} is in use by process {file.read()}: wait for its end, or stop it")
+        fail(f"{Path(file.name).parent} is in use by process {file.read()}: wait for it to end, or stop it")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

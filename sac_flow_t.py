@@ -76,7 +76,7 @@ class Args:
     compile: bool = True
     """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
     capture_video: bool = False
-    """write videos of some training episodes, or of the first of each kind of --evaluate, to <run>/videos"""
+    """write videos to <run>/videos: of some training episodes, or with --evaluate of the first episode of each kind"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 50_000
@@ -90,8 +90,8 @@ class Args:
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
-    """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt; from
-    the starts of the run's own evaluations, unless another --seed is given"""
+    """folder of a run, to play its policy.pt instead of training, or a policy file such as runs/<name>/policy_best.pt;
+    episodes start as in the run's own evaluations, unless another --seed is given"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -137,17 +137,18 @@ class Args:
 
     # Flow policy
     flow_steps: int = 4
-    """K, steps from noise to action; more of them ask for a larger sigma (see `Actor`)"""
+    """K, steps from noise to action; with more, the target entropy asks for a larger sigma (see `Actor`)"""
     # With a constant sigma the exponential step stood at 1 041 and 396 on Hopper-v4 after 60 000 steps, with sigma
     # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
     """how the score (which keeps the marginals of a true flow) is integrated; euler is the paper's"""
-    # Frozen averages near 60 000 steps, path against last step: Ant-v4 806 and 2 371 (one seed), HalfCheetah-v4 7 376
-    # and 6 231 against 6 626 and 7 116. Hopper-v4 learns later with the last step's: 1 616 and 483 at step 36 000 (one
-    # seed); seeds 4 and 5, which came after the choice, reached 3 108 and 3 216 at step 50 000.
+    # Frozen averages near 60 000 steps: Ant-v4 806 with the path's, 2 371 with the last step's (one seed);
+    # HalfCheetah-v4 7 376 and 6 231 with the path's, 6 626 and 7 116 with the last step's. Hopper-v4 learns later with
+    # the last step's: 483 against 1 616 at step 36 000 (one seed); seeds 4 and 5, which came after the choice, reached
+    # 3 108 and 3 216 at step 50 000.
     entropy: Literal["last-step", "path"] = "last-step"
-    """whose entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper, whose
-    default target is then what a sigma of 0.46 gives"""
+    """which entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper; the
+    path's default target is the entropy of a sigma of 0.46"""
     sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
     # On HalfCheetah-v4 at 60 000 steps Flow-G returned 7 376 and 6 231 with it, 5 932 and 5 555 without (two seeds,
@@ -272,12 +273,13 @@ class Actor(nn.Module):
         )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # SAC customarily asks for -1 for each dimension of actions in [-1, 1]. The last step's deviation is at most
-        # 1 / sqrt(K): that asks for a sigma of 0.36 at K = 4, of 1.5 at K = 16, and cannot be met from K = 69 on
-        # (before the squash, with the exponential step). For the path the paper's target, 0 whatever K is, asks for
-        # 0.46 at K = 4, but 1.4 at K = 16. There Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and
-        # 598 with 0.46 (frozen averages, two seeds). With Euler's step sigma 0.46 has a path entropy of 1.2 per
-        # dimension: give 0 there.
+        # Last step: SAC's customary target is -1 for each dimension of actions in [-1, 1]. The last step's deviation is
+        # at most 1 / sqrt(K), so this target asks for a sigma of 0.36 at K = 4, of 1.5 at K = 16, and cannot be met
+        # from K = 69 on (before the squash, with the exponential step).
+        # Path: the paper's target, 0 whatever K is, asks for a sigma of 0.46 at K = 4, but of 1.4 at K = 16. With that
+        # target and K = 16 Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with the entropy of
+        # sigma 0.46, the default (frozen averages, two seeds). With Euler's step sigma 0.46 has a path entropy of 1.2
+        # per dimension: give --target-entropy 0 there.
         customary = float((self.scale.log() - 1).sum())
         self.target_entropy = customary if entropy == "last-step" else self.largest_entropy(sigma=0.46)
 
@@ -291,10 +293,11 @@ class Actor(nn.Module):
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
 
-        For the velocity of a true flow and large K, both steps with the score (t v - a) / (1 - t) of the linear path's
-        marginal leave the marginals as they are without noise. Euler's, the paper's, overshoots where sigma is
-        large. The exponential one has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within the step and
-        solves the rest exactly: the score's factor rho is in (0, 1) whatever sigma and K (step 8 of the derivation).
+        The score of the linear path's marginal is (t v - a) / (1 - t). For the velocity of a true flow and large K,
+        both steps with the score keep the marginals of the rollout without noise. Euler's step, the paper's, overshoots
+        where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within
+        the step and solves the rest exactly, so the score's factor rho is in (0, 1) whatever sigma and K (step 8 of
+        the derivation).
         """
         dt = 1 / self.flow_steps
         t = i * dt
@@ -854,7 +857,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds it; lower it, or --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds that; lower it, or use --no-autotune")
     return target
 
 
@@ -889,9 +892,9 @@ class Run:
     """A run's folder and what is written there; its progress bar; and Ctrl-C.
 
     Made after the networks, so that a wrong flag leaves no folder behind. As a context it counts time, and takes the
-    first Ctrl-C or kill for the wish to stop at the episode's end; a second one stops at once. It turns what the
-    environment raises, or a full disk, into one line, and leaves the traceback in error.txt. No other process can have
-    the folder at the same time.
+    first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception of the
+    environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use the folder
+    at the same time.
     """
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
@@ -953,7 +956,7 @@ class Run:
     def on_signal(self, number, frame) -> None:
         self.interrupted = number
         signal.signal(number, signal.SIG_DFL)
-        tqdm.write("stopping at the end of this episode; the same again stops at once", file=sys.stderr)
+        tqdm.write("stopping at the end of this episode; a second Ctrl-C or kill stops at once", file=sys.stderr)
 
     def seconds(self) -> float:
         """Time spent training so far."""
@@ -1260,7 +1263,7 @@ def lock(file) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        fail(f"{Path(file.name).parent} is in use by process {file.read()}: wait for its end, or stop it")
+        fail(f"{Path(file.name).parent} is in use by process {file.read()}: wait for it to end, or stop it")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -169,7 +169,7 @@ def open_description(name: str, text: str):
         file = open(path, "a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"--name {name}: this sweep is running; wait for its end, or choose another name")
+        fail(f"--name {name}: this sweep is running; wait for it to end, or choose another name")
     except OSError as error:
         fail(f"--name {name}: cannot write to {path.parent} ({error})")
     file.seek(0)
@@ -395,7 +395,7 @@ def run_all(args: Args, runs: list[Run], screen: Screen, ray, slots: int) -> int
     while pending and heard < 2:
         if len(signals) > heard:
             heard = min(len(signals), 2)
-            print("\nstopping at the end of each episode; the same again stops at once", file=sys.stderr)
+            print("\nstopping at the end of each episode; a second Ctrl-C stops at once", file=sys.stderr)
             screen.drawn = 0
             for task_id in pending:
                 ray.cancel(task_id, force=heard == 2)

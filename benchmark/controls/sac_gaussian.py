@@ -76,7 +76,7 @@ class Args:
     compile: bool = True
     """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
     capture_video: bool = False
-    """write videos of some training episodes, or of the first of each kind of --evaluate, to <run>/videos"""
+    """write videos to <run>/videos: of some training episodes, or with --evaluate of the first episode of each kind"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 50_000
@@ -90,8 +90,8 @@ class Args:
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit, from its checkpoint"""
     evaluate: Optional[str] = None
-    """folder of a run whose policy.pt is played instead of training, or a policy file: runs/<name>/policy_best.pt; from
-    the starts of the run's own evaluations, unless another --seed is given"""
+    """folder of a run, to play its policy.pt instead of training, or a policy file such as runs/<name>/policy_best.pt;
+    episodes start as in the run's own evaluations, unless another --seed is given"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -689,7 +689,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds it; lower it, or --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds that; lower it, or use --no-autotune")
     return target
 
 
@@ -724,9 +724,9 @@ class Run:
     """A run's folder and what is written there; its progress bar; and Ctrl-C.
 
     Made after the networks, so that a wrong flag leaves no folder behind. As a context it counts time, and takes the
-    first Ctrl-C or kill for the wish to stop at the episode's end; a second one stops at once. It turns what the
-    environment raises, or a full disk, into one line, and leaves the traceback in error.txt. No other process can have
-    the folder at the same time.
+    first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception of the
+    environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use the folder
+    at the same time.
     """
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
@@ -788,7 +788,7 @@ class Run:
     def on_signal(self, number, frame) -> None:
         self.interrupted = number
         signal.signal(number, signal.SIG_DFL)
-        tqdm.write("stopping at the end of this episode; the same again stops at once", file=sys.stderr)
+        tqdm.write("stopping at the end of this episode; a second Ctrl-C or kill stops at once", file=sys.stderr)
 
     def seconds(self) -> float:
         """Time spent training so far."""
@@ -1095,7 +1095,7 @@ def lock(file) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        fail(f"{Path(file.name).parent} is in use by process {file.read()}: wait for its end, or stop it")
+        fail(f"{Path(file.name).parent} is in use by process {file.read()}: wait for it to end, or stop it")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
