@@ -437,8 +437,8 @@ class Actor(nn.Module):
         # Standardised, A_{i+1} given A_i is noise[i+1]: hence the density of the noise, less the log deviations.
         counted = slice(-1, None) if self.entropy == "last-step" else slice(None)
         log_prob = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi)).sum(0) - sum(log_deviations[counted])
-        # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
-        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
+        # 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2, written so that its log neither under- nor overflows.
+        log_prob = log_prob - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
         return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
@@ -447,7 +447,7 @@ class Actor(nn.Module):
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
         log_deviations += [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
         normal = 0.5 * math.log(2 * math.pi * math.e)
-        action = torch.minimum(normal + log_deviations.pop() + self.scale.log(), (2 * self.scale).log())
+        action = (normal + log_deviations.pop()).clamp(max=math.log(2))
         before = 0 if self.entropy == "last-step" else sum(normal + log_deviation for log_deviation in log_deviations)
         return float((before + action).sum())
 

@@ -315,9 +315,9 @@ def test_the_unit_of_actions_changes_no_loss():
         reward, terminated, valid = torch.rand(3, 6).double()
         batch = [obs, action, own, reward, terminated, valid, obs + 1]
         noise = torch.randn(5, 6, 4).double()
-        q_loss, q = script.critic_loss(actor, critics, critics, batch, noise, 0.0, 0.9)
-        actor_loss, bc, *_ = script.actor_loss(actor, critics, batch, noise, 0.0, 10.0)
-        return torch.stack([q_loss, q, actor_loss, bc])
+        q_loss, q = script.critic_loss(actor, critics, critics, batch, noise, 0.1, 0.9)
+        actor_loss, bc, *_ = script.actor_loss(actor, critics, batch, noise, 0.1, 10.0)
+        return torch.stack([q_loss, q, actor_loss, bc, torch.tensor(actor.target_entropy)])
 
     torch.testing.assert_close(losses(50.0), losses(1.0))
 

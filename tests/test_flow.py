@@ -41,7 +41,7 @@ def test_log_prob_is_the_density_of_the_map_from_noise_to_path(script, k, score_
 
     def path_and_action(flat):
         action, _, path = actor.rollout(obs, flat.view(k + 1, 1, 3))
-        return torch.cat([*path[:-1], action]).flatten()
+        return torch.cat([*path[:-1], (action - actor.bias) / actor.scale]).flatten()
 
     log_det = torch.linalg.slogdet(jacobian(path_and_action, noise.flatten())).logabsdet
     expected = torch.distributions.Normal(0, 1).log_prob(noise).sum() - log_det
@@ -56,7 +56,8 @@ def test_log_prob_of_the_last_step_is_the_density_of_the_action_given_the_state_
     obs, noise = torch.randn(1, 5).double(), torch.randn(k + 1, 1, 3).double()
 
     def action_of(last):
-        return actor.rollout(obs, torch.cat([noise[:-1], last.view(1, 1, 3)]))[0].flatten()
+        action = actor.rollout(obs, torch.cat([noise[:-1], last.view(1, 1, 3)]))[0]
+        return ((action - actor.bias) / actor.scale).flatten()
 
     log_det = torch.linalg.slogdet(jacobian(action_of, noise[-1].flatten())).logabsdet
     expected = torch.distributions.Normal(0, 1).log_prob(noise[-1]).sum() - log_det
@@ -81,7 +82,7 @@ def test_log_prob_is_finite_and_exact_where_tanh_saturates(script):
     assert path[-1].abs().min() > 20  # 1 - tanh^2 is 0 in floating point here
     log_std = -1.5 + 3.5 * torch.tanh(actor.sigma_net(obs))
     no_squash = torch.distributions.Normal(0, 1).log_prob(noise).sum() - log_std.sum()
-    correction = actor.scale.log() + math.log(4) - 2 * path[-1].abs()  # its limit, log(4 exp(-2 |x|))
+    correction = math.log(4) - 2 * path[-1].abs()  # its limit, log(4 exp(-2 |x|))
     torch.testing.assert_close(no_squash - log_prob[0], correction.sum(), rtol=1e-6, atol=0)
 
 
@@ -268,18 +269,18 @@ def test_the_scores_factors_multiply_to_their_closed_form(script, k, sigma):
 @pytest.mark.parametrize("entropy", ["last-step", "path"])
 @pytest.mark.parametrize("score_step", ["exponential", "euler"])
 def test_largest_entropy_is_that_of_the_largest_sigma(script, score_step, entropy):
-    """-log_prob on average with sigma at e^2, the slope of the squash taken out but for the bounds' scale."""
+    """-log_prob on average with sigma at e^2, the slope of the squash taken out."""
     k = 4
     actor = script.Actor(5, LOW, HIGH, flow_steps=k, score_step=score_step, entropy=entropy)
     nn.init.zeros_(actor.sigma_net[-1].weight)
     nn.init.constant_(actor.sigma_net[-1].bias, 100.0)
     noise = torch.randn(k + 1, 4000, 3)
     _, log_prob, path = actor.rollout(torch.randn(4000, 5), noise)
-    log_slope = actor.scale.log() + 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
-    without_squash = log_prob + log_slope.sum(1) - actor.scale.log().sum()
+    log_slope = 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
+    without_squash = log_prob + log_slope.sum(1)
     last = actor.step(k - 1, path[-2], path[-2], torch.full((1, 3), math.e**2))[1].log()
-    of_action = (0.5 * math.log(2 * math.pi * math.e) + last + actor.scale.log()).sum()
-    uniform = (2 * actor.scale).log().sum()
+    of_action = (0.5 * math.log(2 * math.pi * math.e) + last).sum()
+    uniform = torch.tensor(3 * math.log(2))
     assert of_action > uniform + 0.05  # what has bounds cannot have that much
     expected = uniform - of_action - without_squash.mean()
     assert expected.item() == pytest.approx(actor.largest_entropy(), abs=0.2)
@@ -290,9 +291,7 @@ def test_largest_entropy_is_that_of_the_largest_sigma(script, score_step, entrop
     normal = 0.5 * math.log(2 * math.pi * math.e) - 5
     count = 1 if entropy == "last-step" else k
     start = 0 if entropy == "last-step" else 3 * (normal + 5)
-    assert actor.largest_entropy() == pytest.approx(
-        3 * count * normal + start + actor.scale.log().sum().item(), rel=1e-5
-    )
+    assert actor.largest_entropy() == pytest.approx(3 * count * normal + start, rel=1e-5)
 
 
 def test_flow_g_step_is_a_gru_update():
@@ -430,11 +429,24 @@ def test_gaussian_density_is_that_of_torch_distributions():
         torch.distributions.AffineTransform(actor.bias, actor.scale),
     ]
     expected = torch.distributions.TransformedDistribution(gaussian, squash).log_prob(action).sum(1)
-    torch.testing.assert_close(log_prob, expected)
-    assert [a.shape for a in path] == [(6, 3)] and actor.target_entropy == pytest.approx(-3 + math.log(0.4 * 2 * 2.5))
-    assert actor.largest_entropy() == pytest.approx(math.log(0.8 * 4 * 5))
+    torch.testing.assert_close(log_prob, expected + actor.scale.log().sum())  # of the action in [-1, 1]
+    assert [a.shape for a in path] == [(6, 3)] and actor.target_entropy == -3
+    assert actor.largest_entropy() == pytest.approx(3 * math.log(2))
     mode = actor.act(obs, deterministic=True)
     torch.testing.assert_close(mode, torch.tanh(mean) * actor.scale + actor.bias)
+
+
+@pytest.mark.parametrize("name", [*FLOWS, "sac_gaussian"])
+def test_the_unit_of_actions_changes_no_entropy(name):
+    """Actions in [-1, 1] and in other bounds: the same log_prob, target and largest entropy."""
+    script = importlib.import_module(name)
+    found = []
+    for low, high in ((3 * [-1.0], 3 * [1.0]), (LOW, HIGH)):
+        torch.manual_seed(0)
+        actor = script.Actor(5, low, high)
+        _, log_prob, _ = actor.rollout(torch.randn(6, 5), actor.draw_noise(6))
+        found.append([*log_prob.tolist(), actor.target_entropy, actor.largest_entropy()])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 4, 16])
@@ -500,7 +512,7 @@ def test_flags_reach_the_actor(script):
     without = script.make_actor(script.Args(encoder_dim=0), 5, LOW, HIGH)
     assert without.velocity_net.from_obs.in_features == 5 and not list(without.encoder.parameters())
     assert without.act(torch.randn(5)).shape == (3,)
-    assert without.target_entropy == pytest.approx(-3 + math.log(0.4 * 2 * 2.5))  # -1 for each, in units of its range
+    assert without.target_entropy == -3  # -1 for each, in units of its range
 
 
 @pytest.mark.parametrize("wrong", [dict(score_step="eulr"), dict(entropy="action")])

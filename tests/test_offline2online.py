@@ -103,7 +103,7 @@ def test_log_prob_is_the_density_of_the_map_from_noise_to_path(velocity, learn_s
 
         def path_and_action(flat, actor=actor, obs=obs, k=k):
             action, _, path = actor.rollout(obs, flat.view(k + 1, 1, 4))
-            return torch.cat([*path[:-1], action]).flatten()
+            return torch.cat([*path[:-1], actor.normalized(action)]).flatten()
 
         log_det = torch.linalg.slogdet(jacobian(path_and_action, noise.flatten())).logabsdet
         expected = torch.distributions.Normal(0, 1).log_prob(noise).sum() - log_det
@@ -114,11 +114,10 @@ def test_target_entropy_is_what_sigma_gives_before_the_squash():
     actor, euler = make_actor(sigma=0.1), make_actor(sigma=0.1, score_step="euler")
     per_dimension = 1.4189 + 4 * (1.4189 + math.log(0.1) + 0.5 * math.log(1 / 4))  # benchmark/README.md, Differences
     assert per_dimension == pytest.approx(-4.89, abs=0.01)
-    scale = 2 * actor.scale[:2].log().sum().item()  # of a chunk's two actions
-    assert euler.target_entropy == pytest.approx(4 * per_dimension + scale, abs=1e-2)
+    assert euler.target_entropy == pytest.approx(4 * per_dimension, abs=1e-2)
     # The exponential step's noise falls with sqrt(1 - t), t = 0, 1/4, 1/2, 3/4.
     schedule = 0.5 * math.log(1 * 3 / 4 * 2 / 4 * 1 / 4)
-    assert actor.target_entropy == pytest.approx(4 * (per_dimension + schedule) + scale, abs=1e-2)
+    assert actor.target_entropy == pytest.approx(4 * (per_dimension + schedule), abs=1e-2)
     noise = torch.randn(5, 40_000, 4).double()
     _, log_prob, path = actor.rollout(torch.zeros(40_000, 3).double(), noise)
     squash = torch.log1p(-(torch.tanh(path[-1]) ** 2)).sum(1)

@@ -137,7 +137,7 @@ class Stepwise:
         Standardised, A_{i+1} given A_i is noise[i+1], whatever mean and deviation depend on.
         """
         log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(0) - log_deviations
-        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - end - F.softplus(-2 * end))
+        log_prob = log_prob - 2 * (math.log(2) - end - F.softplus(-2 * end))
         return torch.tanh(end) * self.scale + self.bias, log_prob.sum(1)
 
 

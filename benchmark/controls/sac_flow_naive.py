@@ -126,8 +126,8 @@ class Args:
     alpha: float = 0.02
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: Optional[float] = None
-    """target of the policy's entropy in nats, of all dimensions together; default: the policy's own, -1 per dimension
-    of actions in [-1, 1]"""
+    """target of the policy's entropy in nats, of all dimensions together, for actions in [-1, 1] whatever the
+    environment's unit; default: the policy's own, -1 per dimension"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
@@ -238,8 +238,7 @@ class Actor(nn.Module):
         # target and K = 16 Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with the entropy of
         # sigma 0.46, the default (frozen averages, two seeds). With Euler's step sigma 0.46 has a path entropy of 1.2
         # per dimension: give --target-entropy 0 there.
-        customary = float((self.scale.log() - 1).sum())
-        self.target_entropy = customary if entropy == "last-step" else self.largest_entropy(sigma=0.46)
+        self.target_entropy = -self.action_dim if entropy == "last-step" else self.largest_entropy(sigma=0.46)
 
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D).
@@ -271,7 +270,8 @@ class Actor(nn.Module):
         """Sample actions, and the log density that the entropy counts.
 
         A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
-        log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log |d action_d / d A_{K,d}|.
+        log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log(1 - tanh(A_{K,d})^2),
+        the density of A_0 to A_{K-1} and of the action in [-1, 1], so that the unit of actions changes nothing.
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians. Returns action (B, D) in the environment's units,
         log_prob (B,), and the path, the list of A_0 to A_K, (B, D) each (A_0 is a graph node only if noise requires
         grad). log_prob is log p_c if the entropy is the path's, else its last step's part, log p(action | A_{K-1}, s).
@@ -294,8 +294,8 @@ class Actor(nn.Module):
         # Standardised, A_{i+1} given A_i is noise[i+1]: hence the density of the noise, less the log deviations.
         counted = slice(-1, None) if self.entropy == "last-step" else slice(None)
         log_prob = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi)).sum(0) - sum(log_deviations[counted])
-        # log|da/dA_K|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
-        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
+        # 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2, written so that its log neither under- nor overflows.
+        log_prob = log_prob - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
         return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
@@ -304,7 +304,7 @@ class Actor(nn.Module):
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
         log_deviations += [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
         normal = 0.5 * math.log(2 * math.pi * math.e)
-        action = torch.minimum(normal + log_deviations.pop() + self.scale.log(), (2 * self.scale).log())
+        action = (normal + log_deviations.pop()).clamp(max=math.log(2))
         before = 0 if self.entropy == "last-step" else sum(normal + log_deviation for log_deviation in log_deviations)
         return float((before + action).sum())
 

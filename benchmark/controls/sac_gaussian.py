@@ -126,8 +126,8 @@ class Args:
     alpha: float = 0.02
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: Optional[float] = None
-    """target of the policy's entropy in nats, of all dimensions together; default: the policy's own, -1 per dimension
-    of actions in [-1, 1]"""
+    """target of the policy's entropy in nats, of all dimensions together, for actions in [-1, 1] whatever the
+    environment's unit; default: the policy's own, -1 per dimension"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
@@ -162,15 +162,15 @@ class Actor(nn.Module):
         )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # SAC's custom is -1 for each dimension of actions in [-1, 1].
-        self.target_entropy = float((self.scale.log() - 1).sum())
+        # SAC's customary target is -1 for each dimension of actions in [-1, 1].
+        self.target_entropy = -self.action_dim
 
     def rollout(self, obs, noise):
         """Sample actions and their density.
 
         obs (B, obs_dim); noise (1, B, D) of unit Gaussians.
-        Returns action (B, D) in the environment's units, log_prob (B,) = log p(action | s), and as path the list of the
-        action before tanh, (B, D). Raises ValueError for other shapes.
+        Returns action (B, D) in the environment's units, log_prob (B,), the log density of the action in [-1, 1], and
+        as path the list of the action before tanh, (B, D). Raises ValueError for other shapes.
         """
         expected = (1, obs.shape[0], self.action_dim)
         if obs.shape[1:] != (self.obs_dim,) or noise.shape != expected:
@@ -180,13 +180,13 @@ class Actor(nn.Module):
         log_std = -1.5 + 3.5 * torch.tanh(log_std)  # (B, D) in [-5, 2]
         a = mean + log_std.exp() * noise[0]
         log_prob = -0.5 * (noise[0] ** 2 + math.log(2 * math.pi)) - log_std
-        # log|da/dA|, with 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2 written so that it neither under- nor overflows.
-        log_prob = log_prob - self.scale.log() - 2 * (math.log(2) - a - F.softplus(-2 * a))
+        # 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2, written so that its log neither under- nor overflows.
+        log_prob = log_prob - 2 * (math.log(2) - a - F.softplus(-2 * a))
         return torch.tanh(a) * self.scale + self.bias, log_prob.sum(1), [a]
 
     def largest_entropy(self) -> float:
         """What the entropy cannot exceed: that of the uniform distribution."""
-        return float((2 * self.scale).log().sum())
+        return self.action_dim * math.log(2)
 
     def draw_noise(self, batch: int, deterministic: bool = False):
         """What a sample of `batch` actions takes: (1, B, D) of unit Gaussians, or zeros for the mean."""
