@@ -43,6 +43,28 @@ class Unbounded(Reach):
     action_space = Box(-np.inf, np.inf, (2,), np.float64)
 
 
+class Huge(Reach):
+    """`Unbounded` as some libraries write it, with the largest numbers for bounds."""
+
+    action_space = Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (2,), np.float32)
+
+
+class Narrow(Reach):
+    """`Reach` with tiny actions."""
+
+    action_space = Box(-5e-4, 5e-4, (2,), np.float32)
+
+
+class Absent(Reach):
+    """A robot that is not there."""
+
+    def reset(self, *, seed=None, options=None):
+        raise RuntimeError("robot not connected")
+
+
+gym.register("Huge-v0", Huge, max_episode_steps=15)
+gym.register("Narrow-v0", Narrow, max_episode_steps=15)
+gym.register("Absent-v0", Absent, max_episode_steps=15)
 gym.register("Reach-v0", Reach, max_episode_steps=15)
 gym.register("Unbounded-v0", Unbounded, max_episode_steps=15)
 gym.register("Endless-v0", Reach)

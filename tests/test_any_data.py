@@ -1,6 +1,7 @@
 """sac_flow_offline2online.py on a user's own data and environment: files, dict observations, units of actions."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -163,6 +164,16 @@ def test_own_files_that_do_not_fit(refused, tmp_path):
     refuse({"observations/position": arrays["observations/position"][:, :1]}, "obs has shape (3,)")
     refuse({"rewards": np.full(len(arrays["rewards"]), np.nan)}, "reward has NaN")
     refuse({"actions": 3 * arrays["actions"]}, "actions leave the bounds", "--rescale-actions")
+    n = len(arrays["rewards"])
+    refuse({"rewards": np.zeros((n, 2))}, "reward has shape (2,)")
+    refuse({"rewards": np.full(n, 1e300)}, "reward has NaN or infinite")
+    refuse({"actions": np.full((n, 2), "left")}, "of another format", "left")
+    refuse({"timeouts": np.full(n, np.nan)}, "terminals or timeouts have NaN")
+    nexts = {f"next_{name}": values for name, values in arrays.items() if name.startswith("observations")}
+    refuse(nexts | {"next_observations/position": np.zeros((n, 3))}, "next_obs has shape (5,)")
+    flags[1] = "goal_envs:Narrow-v0"
+    refuse({"actions": np.full((n, 2), 1.4e-3)}, "actions leave the bounds")
+    flags[1] = REACH
     path.write_bytes(b"nothing")
     refused(flags, str(path), "truncated, corrupted or of another format")
 
@@ -174,6 +185,9 @@ def test_own_environments_that_do_not_fit(refused, reach):
     refused(["--env-id", REACH, *own, "--env-kwargs", "{half: 1}"], "--env-kwargs {half: 1}", "JSON")
     refused(["--env-id", REACH, *own, "--env-kwargs", "[1]"], "--env-kwargs [1]", "dict")
     refused(["--env-id", REACH, *own, "--env-kwargs", '{"whole": 1}'], REACH, "whole")
+    refused(["--env-id", "goal_envs:Absent-v0", *own], "--env-id goal_envs:Absent-v0", "robot not connected")
+    refused(["--env-id", REACH, *own, "--obs-keys", "position"], "--obs-keys is for robomimic")
+    refused(["--env-id", REACH, *own, "--sparse"], "--sparse is for OGBench")
     refused(["--env-id", "Reach", "--no-cuda"], "no such task", "--dataset FILE.npz")
     refused(["--env-id", "tests/Reach-v0", "--no-cuda"], "tests/Reach-v0", "--dataset FILE.npz")
 
@@ -192,6 +206,28 @@ def test_own_data_in_an_own_environment(main, tmp_path, reach):
     added = len(play()["rewards"])
     starts = added + np.cumsum([0] + [int(row["length"]) for row in episodes[:-1]])
     assert state["buffer_added"] == added + 30 and (state["buffer"][starts, 0] <= 0).all()  # x of the position
+
+
+def test_horizons_of_robosuites_tasks():
+    tasks = {"lift": ("Lift", 300), "robosuite/ToolHang": ("ToolHang", 700), "robosuite/Door": ("Door", 400)}
+    assert {env_id: script.robosuite_task(env_id) for env_id in tasks} == tasks
+
+
+def test_a_run_of_robosuite_resumes_with_the_flags_that_started_it(monkeypatch, tmp_path, capsys):
+    """Its --env-kwargs hold those of the data's file, too."""
+    kept = script.Args("lift", env_kwargs='{"robots": ["Panda"], "control_freq": 20, "horizon": 9}')
+    progress = dataclasses.asdict(script.Progress(step=5))
+    state = {"script": "sac_flow_offline2online", "args": vars(kept), "progress": progress}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    for flags, value in (('{"horizon": 9}', kept.env_kwargs), ('{"horizon": 8}', None)):
+        monkeypatch.setattr("sys.argv", ["x", "--resume", str(tmp_path), "--env-kwargs", flags])
+        if value:
+            args, _ = script.parse_args()
+            assert args.env_kwargs == value
+        else:
+            with pytest.raises(SystemExit):
+                script.parse_args()
+            assert "--env-kwargs" in capsys.readouterr().err
 
 
 def test_an_environment_without_an_end_gets_one():
@@ -277,8 +313,9 @@ def test_every_environment_is_given_its_own_units(main, monkeypatch, tmp_path, r
         assert actions.max() <= 1 and (actions == 1).mean() < 0.5
 
 
-def test_unbounded_actions_take_the_bounds_of_the_data(main, refused, tmp_path, reach):
-    flags = ["--env-id", "goal_envs:Unbounded-v0", "--dataset", reach]
+@pytest.mark.parametrize("kind", ["Unbounded", "Huge"])
+def test_unbounded_actions_take_the_bounds_of_the_data(main, refused, tmp_path, reach, kind):
+    flags = ["--env-id", f"goal_envs:{kind}-v0", "--dataset", reach]
     refused([*flags, "--no-cuda"], "finite bounds", "--rescale-actions")
     np.savez(reach, **(play(unit=0.5)))
     run, state = trained(main, tmp_path, *flags, "--rescale-actions")

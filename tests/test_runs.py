@@ -606,6 +606,7 @@ def assert_refused(done, *words):
         ("--seed 5000000000", "--seed"),
         ("--env-id tiny_envs:Broken-v0", "tiny_envs:Broken-v0: division by zero"),
         ("--env-id tiny_envs:Exits-v0", "--env-id tiny_envs:Exits-v0: 0"),
+        ("--env-id tiny_envs:Absent-v0", "--env-id tiny_envs:Absent-v0: its reset failed: robot not connected"),
         ("--env-id a:b:c", "--env-id a:b:c"),
         ("--critic-dim 10000000", "--critic-dim"),
         ("--resume nowhere", "nowhere/checkpoint.pt"),

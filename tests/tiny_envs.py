@@ -111,6 +111,13 @@ class Endless(Home):
         return obs, reward, False, False, {}
 
 
+class Absent(Home):
+    """A robot that is not there."""
+
+    def reset(self, *, seed=None, options=None):
+        raise RuntimeError("robot not connected\nand much more")
+
+
 class InPlace(Home):
     """`Home` whose observation is one float32 array, changed in place, as careless environments do."""
 
@@ -153,6 +160,7 @@ gym.register("Recorded-v0", "tiny_envs:Recorded")
 gym.register("Normalized-v0", lambda: NormalizeReward(NormalizeObservation(Home())), max_episode_steps=9)
 gym.register("Dice-v0", Dice)
 gym.register("InPlace-v0", InPlace)
+gym.register("Absent-v0", Absent)
 gym.register("Endless-v0", Endless)
 gym.register("Broken-v0", lambda: 1 / 0)
 gym.register("Exits-v0", lambda: sys.exit(0))

@@ -421,7 +421,8 @@ def main() -> None:
     learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
     if targets:
         learned["targets"] = targets
-    env.reset(seed=args.seed)
+    with explained(f"--env-id {args.env_id}: its reset failed"):
+        env.reset(seed=args.seed)
     env.action_space.seed(args.seed)
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint is not for {args.env_id} as it is now, or was altered"):
@@ -976,7 +977,8 @@ def play(args: Args, policy: dict) -> None:
         env = record_videos(env, path.parent if path.is_file() else path, "evaluation", first)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
-    set_running_statistics(env, policy["statistics"], frozen=True)
+    with explained(f"--evaluate {path}: not for {args.env_id} as it is now"):
+        set_running_statistics(env, policy["statistics"], frozen=True)
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
     seed_random(args.seed)
