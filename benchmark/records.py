@@ -49,7 +49,7 @@ NO_VARIANT = set(
     "env_id seed total_timesteps online_steps run_name resume evaluate cuda compile capture_video track save_every"
     " eval_every eval_episodes files velocity".split()
 )
-AVERAGE = "0.995"  # the default of --actor-average: what is read of files that evaluate several averages
+AVERAGE = "0.995"  # what is read of files that evaluate several averages: the default when they were made
 
 
 @dataclass

@@ -93,7 +93,7 @@ class Args:
     """width of the two hidden layers of the actor"""
     actor_delay: int = 3
     """critic updates per update of actor and entropy coefficient"""
-    actor_average: float = 0.995
+    actor_average: float = 0.999
     """decay per actor update of the averaged weights, which are evaluated; 0: the last weights"""
     alpha: float = 0.02
     """start of the entropy coefficient"""
