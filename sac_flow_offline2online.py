@@ -1460,16 +1460,17 @@ def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
 
     Stops the program if it is not installed.
     """
-    package = "minari"
-    if dataset:
-        path = Path(dataset).expanduser()
-        own = path.suffix in (".npz", ".hdf5", ".h5") or any(path.glob("*.npz"))
-        own = own or ":" in env_id or env_id in gym.registry  # a run goes on where its data is no longer
-        package = "pyarrow" if is_lerobot(path) else "gymnasium" if own else "minari"
     if env_id in ROBOSUITE or env_id.startswith("robosuite/"):
         package = "robosuite"
     elif "-singletask" in env_id:
         package = "ogbench"
+    elif not dataset:
+        package = "minari"
+    else:
+        path = Path(dataset).expanduser()
+        own = path.suffix in (".npz", ".hdf5", ".h5") or any(path.glob("*.npz"))
+        own = own or ":" in env_id or env_id in gym.registry  # a run resumes where its data is no longer
+        package = "pyarrow" if is_lerobot(path) else "gymnasium" if own else "minari"
     warnings.filterwarnings("ignore", module="gymnasium|minari|robosuite")
     logging.getLogger("robosuite_logs").disabled = True  # its notes on what it lacks and we do not need
     try:
@@ -1758,12 +1759,8 @@ def read_minari(dataset, space: gym.Space) -> dict:
     episodes = []
     for episode in dataset.iterate_episodes():
         obs = flattened(space, episode.observations)
-        episodes.append(
-            dict(
-                obs=obs[:-1], action=episode.actions, reward=episode.rewards, terminated=episode.terminations,
-                next_obs=obs[1:],
-            )
-        )  # fmt: skip
+        arrays = dict(obs=obs[:-1], action=episode.actions, reward=episode.rewards, next_obs=obs[1:])
+        episodes.append(arrays | dict(terminated=episode.terminations))
     return joined(episodes)
 
 
@@ -1972,9 +1969,10 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
 
 def describe(scores: dict[str, float]) -> str:
     """An evaluation in a line."""
-    success = "" if math.isnan(scores["success_rate"]) else (
-        f"success {scores['success_rate']:.2f} [{scores['success_low']:.2f}, {scores['success_high']:.2f}], "
-    )  # fmt: skip
+    success = ""
+    if not math.isnan(scores["success_rate"]):
+        interval = f"[{scores['success_low']:.2f}, {scores['success_high']:.2f}]"
+        success = f"success {scores['success_rate']:.2f} {interval}, "
     return f"{success}return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
 
 
