@@ -1888,7 +1888,8 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     for key, values in data.items():
         if not np.isfinite(values).all():
             fail(f"{path}: {key} has NaN or infinite values: fetch it again or name another --dataset")
-    low, high = env.action_space.low, env.action_space.high
+    low = env.action_space.low
+    high = env.action_space.high
     outside = np.maximum(data["action"] - high, low - data["action"]).max(0)
     if (outside > 1e-3 * np.minimum(high - low, 1)).any() and not args.rescale_actions:
         unit = "--rescale-actions if they are in another unit, else clip them"
