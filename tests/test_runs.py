@@ -923,7 +923,7 @@ def test_learns_to_walk_home(run, tmp_path, crossq):
     """
     flags = "--env-id tiny_envs:Home-v0 --total-timesteps 3200 --learning-starts 300 --actor-delay 1".split()
     flags += ["--eval-every", 400, "--eval-episodes", 10]
-    done = run(*SMALL, *flags, "--critic-dim", 64, "--batch-size", 64, crossq)
+    done = run(*SMALL, *flags, "--critic-dim", 64, "--batch-size", 64, "--actor-average", 0.99, crossq)
     assert done.returncode == 0, done.stderr
     assert checkpoint(the_run(tmp_path))["best"] > -5, returns(the_run(tmp_path), "eval.csv")
 
