@@ -158,10 +158,19 @@ def describe(args: Args, common: list[str]) -> str:
     return json.dumps(kept | {"every_run": shlex.join(common)}, indent=2) + "\n"
 
 
-def open_description(name: str, text: str):
-    """The sweep's sweep.json, open and locked against a second sweep there; empty, if this one is new.
+def has_more_seeds(known: str, text: str) -> bool:
+    """Whether the second sweep.json is the first with further seeds."""
+    try:
+        old, new = json.loads(known), json.loads(text)
+        return set(old.pop("seeds")) < set(new.pop("seeds")) and old == new
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
 
-    Stops the program if it says something else than `text`.
+
+def open_description(name: str, text: str):
+    """The sweep's sweep.json, open and locked against a second sweep there; empty, if this one is to be written.
+
+    That is so if it is new, or has more seeds than before. Stops the program if it says something else than `text`.
     """
     path = Path("runs", name, "sweep.json")
     try:
@@ -173,7 +182,11 @@ def open_description(name: str, text: str):
     except OSError as error:
         fail(f"--name {name}: cannot write to {path.parent} ({error})")
     file.seek(0)
-    if file.read() not in ("", text):
+    known = file.read()
+    if known and has_more_seeds(known, text):
+        file.truncate(0)
+        file.seek(0)
+    elif known not in ("", text):
         fail(f"--name {name}: {path} describes another sweep; choose another name, or continue it with --file {path}")
     return file
 
@@ -378,7 +391,6 @@ def start_ray(args: Args):
 def run_all(args: Args, runs: list[Run], screen: Screen, ray, slots: int) -> int:
     """Run those that wait, until they have ended or are stopped. Returns the number of the signal that stopped them."""
     environ = {name: str(args.cores_per_run) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
-    environ["TQDM_DISABLE"] = "1"  # the table is the progress bar
     paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     environ["PYTHONPATH"] = os.pathsep.join(paths)  # a user's environments lie beside the scripts, not the controls
     if not args.gpus_per_run:

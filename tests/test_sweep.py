@@ -331,6 +331,13 @@ def test_another_sweep_of_that_name_or_the_same_at_once(main, tmp_path, monkeypa
     file.close()
     assert main(*flags, "--seeds", 2) == 2
     assert "describes another sweep" in capsys.readouterr().err
+    assert main(*flags, "--seeds", 1, 2, "--tau", 0.1) == 2
+    assert "describes another sweep" in capsys.readouterr().err
+    more = sweep.describe(sweep.Args(name="first", env_ids=(ENV,), seeds=(1, 2)), ["--gamma", "0.9"])
+    with sweep.open_description("first", more) as file:
+        assert not file.tell()  # to be written
+        file.write(more)
+    assert (tmp_path / "runs" / "first" / "sweep.json").read_text() == more
     (tmp_path / "runs" / "full").write_text("")  # a file where the folder would be
     assert main("--name", "full", "--env-ids", ENV) == 2
     assert "cannot write to runs/full" in capsys.readouterr().err

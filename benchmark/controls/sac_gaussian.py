@@ -764,7 +764,8 @@ class Run:
         threading.excepthook = thread_failed
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
-        self.bar = tqdm(total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown)
+        at = dict(total=self.total, initial=self.progress.step, unit=" steps")
+        self.bar = tqdm(**at, file=shown, dynamic_ncols=True, disable=False)  # or it would not count, either
         self.clock = time.time() - self.progress.seconds
         return self
 
