@@ -117,8 +117,8 @@ class Args:
     """width of the two hidden layers of each critic"""
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
-    # Flow-G, frozen at every 1 000 or 2 000 of the steps from 100 000 to 110 000, the least return over that of the
-    # training episodes beside it: Walker2d-v4, two seeds, 0.36 and 0.47 (0.995), 0.98 and 1.08 (0.999), 0.94 and 1.09
+    # Flow-G, continued from step 100 000 and frozen every 1 000 or 2 000 up to 110 000, the least return over that of
+    # the training episodes beside it: Walker2d-v4, two seeds, 0.36 and 0.47 (0.995), 0.98 and 1.08 (0.999), 0.94 and 1.09
     # (0.9995), 0.19 and 0.15 (last weights); Hopper-v4, two seeds, 1.25 or more from 0.995 on (benchmark/results).
     actor_average: float = 0.999
     """decay per actor update of the averaged weights, which are evaluated and make policy.pt; 0: the last weights"""
@@ -143,10 +143,10 @@ class Args:
     # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
     """how the score (which keeps the marginals of a true flow) is integrated; euler is the paper's"""
-    # Frozen averages near 60 000 steps: Ant-v4 806 with the path's, 2 371 with the last step's (one seed);
+    # Frozen averages near 60 000 steps: Ant-v4 806 with the path's, 2 371 with the last step's (56 000, one seed);
     # HalfCheetah-v4 7 376 and 6 231 with the path's, 6 626 and 7 116 with the last step's. Hopper-v4 learns later with
-    # the last step's: 483 against 1 616 at step 36 000 (one seed); seeds 4 and 5, which came after the choice, reached
-    # 3 108 and 3 216 at step 50 000.
+    # the last step's: 483 against 1 616 at step 36 000 (one seed); seeds 4 to 6, which came after the choice, reached
+    # 3 108, 3 216 and 3 137 at step 50 000.
     entropy: Literal["last-step", "path"] = "last-step"
     """which entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper; the
     path's default target is the entropy of a sigma of 0.46"""
