@@ -118,8 +118,8 @@ class Args:
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
     # Flow-G, continued from step 100 000 and frozen every 1 000 or 2 000 up to 110 000, the least return over that of
-    # the training episodes beside it: Walker2d-v4, two seeds, 0.36 and 0.47 (0.995), 0.98 and 1.08 (0.999), 0.94 and 1.09
-    # (0.9995), 0.19 and 0.15 (last weights); Hopper-v4, two seeds, 1.25 or more from 0.995 on (benchmark/results).
+    # the training episodes beside it: Walker2d-v4, two seeds, 0.36 and 0.47 (0.995), 0.98 and 1.08 (0.999), 0.94 and
+    # 1.09 (0.9995), 0.19 and 0.15 (last weights); Hopper-v4, two seeds, 1.25 or more from 0.995 on.
     actor_average: float = 0.999
     """decay per actor update of the averaged weights, which are evaluated and make policy.pt; 0: the last weights"""
     autotune: bool = True
