@@ -1589,6 +1589,7 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
         kwargs = robomimic_kwargs(str(find_dataset(args)[0]), args.env_id) | kwargs
         args.env_kwargs = json.dumps(kwargs)  # kept with the run, which can then do without the file
     kwargs |= {"render_mode": render_mode} if render_mode else {}
+    endless = False
     with explained(f"--env-id {args.env_id}"):
         if package == "robosuite":
             env = RobosuiteEnv(args.env_id, obs_keys=args.obs_keys or OBS_KEYS, **kwargs)
@@ -1602,10 +1603,9 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
             env = minari_dataset(args).recover_environment(**kwargs)
         else:
             env = gym.make(args.env_id, **kwargs)
-            if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
+            endless = env.spec.max_episode_steps is None
+            if endless:  # an endless episode would put off checkpoints, too
                 env = gym.wrappers.TimeLimit(env, 10_000)
-                limit = """--env-kwargs '{"max_episode_steps": 1000}'"""
-                note(f"{args.env_id} has no time limit: episodes are truncated after 10 000 steps, or as {limit} says")
         env = gym.wrappers.RecordEpisodeStatistics(env)
         if isinstance(env.observation_space, gym.spaces.Dict):
             env = gym.wrappers.FlattenObservation(env)  # outermost, where `data_space` finds it
@@ -1625,6 +1625,9 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
 
             env.reset(seed=0)
             env.render()
+    if endless:
+        limit = """--env-kwargs '{"max_episode_steps": 1000}'"""
+        note(f"{args.env_id} has no time limit: episodes are truncated after 10 000 steps, or as {limit} says")
     return env
 
 

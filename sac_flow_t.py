@@ -1289,9 +1289,6 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
             env = gym.make(env_id, max_episode_steps, **({"render_mode": render_mode} if render_mode else {}))
         except TypeError:  # it takes no render_mode: play it unseen
             env = gym.make(env_id, max_episode_steps)
-    if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
-        env = gym.wrappers.TimeLimit(env, 10_000)
-        note(f"{env_id} has no time limit: episodes are truncated after 10 000 steps, or after --max-episode-steps")
     obs = env.observation_space
     action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
@@ -1307,6 +1304,9 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
 
             env.reset(seed=0)
             env.render()
+    if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
+        env = gym.wrappers.TimeLimit(env, 10_000)
+        note(f"{env_id} has no time limit: episodes are truncated after 10 000 steps, or after --max-episode-steps")
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 

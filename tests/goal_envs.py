@@ -55,7 +55,7 @@ class Narrow(Reach):
     action_space = Box(-5e-4, 5e-4, (2,), np.float32)
 
 
-class Absent(Reach):
+class Unplugged(Reach):
     """A robot that is not there."""
 
     def reset(self, *, seed=None, options=None):
@@ -64,7 +64,7 @@ class Absent(Reach):
 
 gym.register("Huge-v0", Huge, max_episode_steps=15)
 gym.register("Narrow-v0", Narrow, max_episode_steps=15)
-gym.register("Absent-v0", Absent, max_episode_steps=15)
+gym.register("Unplugged-v0", Unplugged, max_episode_steps=15)
 gym.register("Reach-v0", Reach, max_episode_steps=15)
 gym.register("Unbounded-v0", Unbounded, max_episode_steps=15)
-gym.register("Endless-v0", Reach)
+gym.register("Timeless-v0", Reach)

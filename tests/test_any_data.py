@@ -185,7 +185,7 @@ def test_own_environments_that_do_not_fit(refused, reach):
     refused(["--env-id", REACH, *own, "--env-kwargs", "{half: 1}"], "--env-kwargs {half: 1}", "JSON")
     refused(["--env-id", REACH, *own, "--env-kwargs", "[1]"], "--env-kwargs [1]", "dict")
     refused(["--env-id", REACH, *own, "--env-kwargs", '{"whole": 1}'], REACH, "whole")
-    refused(["--env-id", "goal_envs:Absent-v0", *own], "--env-id goal_envs:Absent-v0", "robot not connected")
+    refused(["--env-id", "goal_envs:Unplugged-v0", *own], "--env-id goal_envs:Unplugged-v0", "robot not connected")
     refused(["--env-id", REACH, *own, "--obs-keys", "position"], "--obs-keys is for robomimic")
     refused(["--env-id", REACH, *own, "--sparse"], "--sparse is for OGBench")
     refused(["--env-id", "Reach", "--no-cuda"], "no such task", "--dataset FILE.npz")
@@ -231,7 +231,7 @@ def test_a_run_of_robosuite_resumes_with_the_flags_that_started_it(monkeypatch, 
 
 
 def test_an_environment_without_an_end_gets_one():
-    args = script.Args("goal_envs:Endless-v0", dataset="own.npz")
+    args = script.Args("goal_envs:Timeless-v0", dataset="own.npz")
     assert script.make_env(args).get_wrapper_attr("_max_episode_steps") == 10_000
 
 
