@@ -225,6 +225,8 @@ def train(run: Run, environ: dict[str, str]) -> tuple[str, str]:
     Returns its state, finished, failed or stopped, and why it failed. A KeyboardInterrupt is the wish to stop. Raises
     Died.
     """
+    with contextlib.suppress(ValueError):  # outside the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # with nohup and & it is ignored, ray.cancel's as well
     with open(log_of(run), "a") as log:
         # The process inherits the log, and with it the lock: a retry waits until the last writer of the run is gone.
         while True:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,18 @@ ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "
 
 @pytest.fixture
 def begin(tmp_path):
-    """Starts a sweep in a fresh folder: `begin(*flags)` returns the running process."""
+    """Starts a sweep in a fresh folder: `begin(*flags)` returns the running process.
+
+    As nohup and & do, it ignores SIGINT until it asks for it.
+    """
     started = []
 
     def begin(*flags) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command("sweep", *flags), cwd=tmp_path, env=ENVIRON, **pipes))
+        ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        started.append(
+            subprocess.Popen(command("sweep", *flags), cwd=tmp_path, env=ENVIRON, preexec_fn=ignore, **pipes)
+        )
         return started[-1]
 
     yield begin
@@ -150,7 +157,7 @@ def test_killed_worker_and_killed_process(begin, tmp_path, uninterrupted):
 
 
 def test_ctrl_c_loses_nothing(begin, tmp_path, uninterrupted):
-    flags = [*FLAGS, "--total-timesteps", 3000]  # so long that none ends before the signal
+    flags = [*FLAGS, "--total-timesteps", 1200]  # so long that none ends before the signal
     process = begin("--name", "stopped", "--env-ids", ENV, "--seeds", 1, 2, 3, *flags)
     runs = [tmp_path / "runs" / "stopped" / f"{ENV}__sac_flow_g__{seed}" for seed in (1, 2, 3)]
     run = wait_for(lambda: next((run for run in runs if (run / "checkpoint.pt").exists()), None), process)
@@ -160,7 +167,7 @@ def test_ctrl_c_loses_nothing(begin, tmp_path, uninterrupted):
     output = end(process, 130)
     assert "--file runs/stopped/sweep.json" in output and "failed" not in output
     assert f"stopped at step {checkpoint(run)['step']};" in run.with_name(f"{run.name}.log").read_text()
-    assert checkpoint(run)["step"] < 3000 and not process_of(run)[0]
+    assert checkpoint(run)["step"] < 1200 and not process_of(run)[0]
     assert "3 runs: 3 finished" in end(begin("--file", "runs/stopped/sweep.json"), 0)
     assert_same_run(run, uninterrupted(run, flags))
 
