@@ -121,7 +121,8 @@ class Args:
     # the training episodes beside it: Walker2d-v4, two seeds, 0.36 and 0.47 (0.995), 0.98 and 1.08 (0.999), 0.94 and
     # 1.09 (0.9995), 0.19 and 0.15 (last weights); Hopper-v4, two seeds, 1.25 or more from 0.995 on.
     actor_average: float = 0.999
-    """decay per actor update of the averaged weights, which are evaluated and make policy.pt; 0: the last weights"""
+    """decay per actor update of the averaged weights, which are evaluated and make policy.pt; they lag by about
+    1 / (1 - decay) updates; 0: the last weights"""
     autotune: bool = True
     """learn alpha such that the policy's entropy meets --target-entropy"""
     alpha: float = 0.02
@@ -878,8 +879,9 @@ class Run:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
 
-                own = dict(id=self.folder.name, config=asdict(args))
-                wandb.init(project="sac-flow", resume="allow", sync_tensorboard=True, **own)
+                wandb.init(
+                    project="sac-flow", id=self.folder.name, resume="allow", config=asdict(args), sync_tensorboard=True
+                )  # fmt: skip
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
@@ -897,8 +899,10 @@ class Run:
         threading.excepthook = thread_failed
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
-        at = dict(total=self.total, initial=self.progress.step, unit=" steps")
-        self.bar = tqdm(**at, file=shown, dynamic_ncols=True, disable=False)  # or it would not count, either
+        self.bar = tqdm(
+            total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown,
+            disable=False,  # where TQDM_DISABLE is set, too, or a log file's lines would stay at step 0
+        )  # fmt: skip
         self.clock = time.time() - self.progress.seconds
         return self
 
@@ -1238,6 +1242,12 @@ def lock(file) -> None:
     file.flush()
 
 
+def extent_of(space: gym.spaces.Box) -> np.ndarray:
+    """high - low in float32, infinite where that is too large for it."""
+    with np.errstate(over="ignore"):
+        return space.high.astype(np.float32) - space.low.astype(np.float32)
+
+
 def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: Optional[str] = None) -> gym.Env:
     """gym.make with one-line errors for environments that do not exist or that this script cannot control.
 
@@ -1260,7 +1270,7 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
         fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
         fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
-    extent = action.high.astype(np.float32) - action.low.astype(np.float32)
+    extent = extent_of(action)
     if not (extent.size and np.isfinite(extent).all() and (extent > 0).all()):
         fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
     if render_mode == "rgb_array":

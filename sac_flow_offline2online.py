@@ -1101,8 +1101,9 @@ class Run:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
 
-                own = dict(id=self.folder.name, config=asdict(args))
-                wandb.init(project="sac-flow", resume="allow", sync_tensorboard=True, **own)
+                wandb.init(
+                    project="sac-flow", id=self.folder.name, resume="allow", config=asdict(args), sync_tensorboard=True
+                )  # fmt: skip
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
@@ -1120,8 +1121,10 @@ class Run:
         threading.excepthook = thread_failed
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
-        at = dict(total=self.total, initial=self.progress.step, unit=" steps")
-        self.bar = tqdm(**at, file=shown, dynamic_ncols=True, disable=False)  # or it would not count, either
+        self.bar = tqdm(
+            total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown,
+            disable=False,  # where TQDM_DISABLE is set, too, or a log file's lines would stay at step 0
+        )  # fmt: skip
         self.clock = time.time() - self.progress.seconds
         return self
 
@@ -1578,6 +1581,12 @@ class RobosuiteEnv(gym.Env):
         self.env.close()
 
 
+def extent_of(space: gym.spaces.Box) -> np.ndarray:
+    """high - low in float32, infinite where that is too large for it."""
+    with np.errstate(over="ignore"):
+        return space.high.astype(np.float32) - space.low.astype(np.float32)
+
+
 def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     """The task as a gymnasium environment, with one-line errors for those that do not exist or cannot be controlled."""
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
@@ -1615,7 +1624,7 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
         fail(f"--env-id {args.env_id}: observations must be a Box of one dimension, not {obs}; choose another task")
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
         fail(f"--env-id {args.env_id}: actions must be a Box of real numbers, not {action}; choose another task")
-    extent = action.high.astype(np.float32) - action.low.astype(np.float32)
+    extent = extent_of(action)
     if not (extent.size and (extent > 0).all()) or not (np.isfinite(extent).all() or args.rescale_actions):
         remedy = "choose another task, or take the data's by --rescale-actions"
         fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; {remedy}")
@@ -1636,7 +1645,7 @@ def rescaled(env: gym.Env, actor: Actor) -> gym.Env:
     space = env.action_space
     bounds = torch.stack([actor.bias - actor.scale, actor.bias + actor.scale])[:, : space.low.size]
     low, high = bounds.cpu().numpy().reshape(2, *space.shape).astype(space.dtype)
-    finite = np.isfinite(space.high.astype(np.float32) - space.low.astype(np.float32))  # as `make_env` has it
+    finite = np.isfinite(extent_of(space))
     box = gym.spaces.Box(np.where(finite, space.low, low), np.where(finite, space.high, high), dtype=space.dtype)
     clipped = gym.wrappers.TransformAction(env, lambda action: np.clip(action, box.low, box.high), box)
     return gym.wrappers.RescaleAction(clipped, low, high)
@@ -1892,10 +1901,9 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     for key, values in data.items():
         if not np.isfinite(values).all():
             fail(f"{path}: {key} has NaN or infinite values: fetch it again or name another --dataset")
-    low = env.action_space.low
-    high = env.action_space.high
-    outside = np.maximum(data["action"] - high, low - data["action"]).max(0)
-    if (outside > 1e-3 * np.minimum(high - low, 1)).any() and not args.rescale_actions:
+    space = env.action_space
+    outside = np.maximum(data["action"] - space.high, space.low - data["action"]).max(0)
+    if (outside > 1e-3 * np.minimum(extent_of(space), 1)).any() and not args.rescale_actions:
         unit = "--rescale-actions if they are in another unit, else clip them"
         fail(f"{path}: actions leave the bounds of --env-id {args.env_id} by {outside.max():.3g}: {unit}")
     longest = int(np.diff(np.flatnonzero(data["last"]), prepend=-1).max())
@@ -1911,6 +1919,7 @@ def read_data(files: list[str], env: gym.Env, args: Args) -> tuple[torch.Tensor,
     """The rows of the first file, and the statistics of all, which are checked before the work begins."""
     parts = []
     for file in reversed(files or [None]):
+        data = None  # that of the file before, which may be large
         data = load_data(file, env, args)
         parts.append(data_statistics(data, env))
     about_data = parts[-1] | dict(

@@ -168,9 +168,9 @@ def has_more_seeds(known: str, text: str) -> bool:
 
 
 def open_description(name: str, text: str):
-    """The sweep's sweep.json, open and locked against a second sweep there; empty, if this one is to be written.
+    """The sweep's sweep.json, open and locked against a second sweep there; at its start if `text` is to replace it.
 
-    That is so if it is new, or has more seeds than before. Stops the program if it says something else than `text`.
+    That is so if it is new, or has fewer seeds. Stops the program if it says something else than `text`.
     """
     path = Path("runs", name, "sweep.json")
     try:
@@ -183,8 +183,7 @@ def open_description(name: str, text: str):
         fail(f"--name {name}: cannot write to {path.parent} ({error})")
     file.seek(0)
     known = file.read()
-    if known and has_more_seeds(known, text):
-        file.truncate(0)
+    if has_more_seeds(known, text):
         file.seek(0)
     elif known not in ("", text):
         fail(f"--name {name}: {path} describes another sweep; choose another name, or continue it with --file {path}")
@@ -449,6 +448,7 @@ def main() -> None:
         if waiting:
             ray, slots = start_ray(args)
             if not file.tell():
+                file.truncate()
                 file.write(text)
                 file.flush()
             stopped = run_all(args, runs, screen, ray, slots)

@@ -179,7 +179,7 @@ def test_own_files_that_do_not_fit(refused, tmp_path):
 
 
 def test_own_environments_that_do_not_fit(refused, reach):
-    own = ["--dataset", reach, "--no-cuda"]
+    own = ["--dataset", reach, *SHORT]
     refused(["--env-id", "goal_envs:Missing-v0", *own], "--env-id goal_envs:Missing-v0", "Missing")
     refused(["--env-id", "no_such_module:Reach-v0", *own], "no_such_module")
     refused(["--env-id", REACH, *own, "--env-kwargs", "{half: 1}"], "--env-kwargs {half: 1}", "JSON")
@@ -313,6 +313,7 @@ def test_every_environment_is_given_its_own_units(main, monkeypatch, tmp_path, r
         assert actions.max() <= 1 and (actions == 1).mean() < 0.5
 
 
+@pytest.mark.filterwarnings("error:overflow:RuntimeWarning")
 @pytest.mark.parametrize("kind", ["Unbounded", "Huge"])
 def test_unbounded_actions_take_the_bounds_of_the_data(main, refused, tmp_path, reach, kind):
     flags = ["--env-id", f"goal_envs:{kind}-v0", "--dataset", reach]

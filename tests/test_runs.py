@@ -570,6 +570,7 @@ def assert_refused(done, *words):
     assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
 
 
+@pytest.mark.filterwarnings("error:overflow:RuntimeWarning")  # a warning would be a second line
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -582,6 +583,7 @@ def assert_refused(done, *words):
         ("--env-id tiny_envs:DiscreteAction-v0", "actions must be a Box"),
         ("--env-id tiny_envs:UnboundedAction-v0", "finite bounds"),
         ("--env-id tiny_envs:NoAction-v0 --total-timesteps 5001", "finite bounds"),
+        ("--env-id tiny_envs:HugeAction-v0 --total-timesteps 5001", "finite bounds"),
         ("--flow-steps 0", "--flow-steps must be 1 or more, not 0"),
         ("--batch-size 512 --buffer-size 100", "--batch-size must be from 2 to --buffer-size 100, not 512"),
         ("--batch-size 1", "--batch-size must be from 2"),

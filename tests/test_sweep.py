@@ -342,9 +342,15 @@ def test_another_sweep_of_that_name_or_the_same_at_once(main, tmp_path, monkeypa
     assert "describes another sweep" in capsys.readouterr().err
     more = sweep.describe(sweep.Args(name="first", env_ids=(ENV,), seeds=(1, 2)), ["--gamma", "0.9"])
     with sweep.open_description("first", more) as file:
-        assert not file.tell()  # to be written
-        file.write(more)
-    assert (tmp_path / "runs" / "first" / "sweep.json").read_text() == more
+        assert not file.tell()  # to be replaced
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    assert main(*flags, "--seeds", 1, 2) == 2
+    described = tmp_path / "runs" / "first" / "sweep.json"
+    assert described.read_text() == text  # until the runs begin
+    monkeypatch.setattr(sweep, "start_ray", lambda args: (None, 1))
+    monkeypatch.setattr(sweep, "run_all", lambda *args: 0)
+    assert main(*flags, "--seeds", 1, 2) == 0
+    assert described.read_text() == more
     (tmp_path / "runs" / "full").write_text("")  # a file where the folder would be
     assert main("--name", "full", "--env-ids", ENV) == 2
     assert "cannot write to runs/full" in capsys.readouterr().err

@@ -169,4 +169,6 @@ gym.register("DictObservation-v0", spaces(observation=Dict(x=Box(-1, 1, (3,)))),
 gym.register("ImageObservation-v0", spaces(observation=Box(0, 255, (8, 8, 3), np.uint8)), max_episode_steps=100)
 gym.register("DiscreteAction-v0", spaces(action=Discrete(4)))
 gym.register("UnboundedAction-v0", spaces(action=Box(-np.inf, np.inf, (2,))), max_episode_steps=100)
+huge = np.finfo(np.float32).max
+gym.register("HugeAction-v0", spaces(action=Box(-huge, huge, (2,))), max_episode_steps=100)
 gym.register("NoAction-v0", spaces(action=Box(-1, 1, (0,))), max_episode_steps=100)
