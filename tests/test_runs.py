@@ -257,6 +257,12 @@ def test_evaluation_takes_no_time_of_the_run_and_keeps_the_best_policy(script, m
 
 def test_a_log_file_gets_lines(script, main, monkeypatch, capsys):
     """Not the fragments of a progress bar: a line every 1 000 updates, with the speed and the time that is left."""
+
+    class Disabled(script.tqdm):
+        def __init__(self, *args, disable=True, **kwargs):  # as TQDM_DISABLE makes it
+            super().__init__(*args, disable=disable, **kwargs)
+
+    monkeypatch.setattr(script, "tqdm", Disabled)
     folder = main(script, *PENDULUM, "--total-timesteps", 1300, "--run-name", "x")
     output = capsys.readouterr()
     (line,) = output.err.splitlines()
