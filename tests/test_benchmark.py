@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import json
 import math
 import subprocess
 import time
@@ -200,8 +199,8 @@ def datas(cell) -> list[dict]:
 
 
 def numbers_of(notebook) -> dict:
-    """What the notebook's last cell prints: everything that it measured."""
-    return json.loads(outputs(notebook.cells[-1])[0]["text"])
+    """What the notebook's last cell puts out unseen: everything that it measured."""
+    return outputs(notebook.cells[-1])[0]["data"]["application/json"]
 
 
 def flat(values) -> list:
