@@ -3,8 +3,8 @@
     python benchmark/compare.py runs/before runs/after
 
 A and B are folders of runs, or of benchmark/results/, with the same environments and algorithms: several seeds of each,
-and for the speed from the same machine, as idle. The return of a run is its mean over the last tenth of the steps that
-both have reached, its speed that of their second half, which leaves compilation out. Intervals are Welch's, of the
+and for the speed from the same machine, equally idle. The return of a run is its mean over the last tenth of the steps
+that both have reached, its speed that of their second half, which leaves compilation out. Intervals are Welch's, of the
 difference of means: of returns, and of the logarithms of the speeds. Their upper ends alone decide: with m of them each
 has confidence 1 - 2 (1 - 0.95) / m, so that the chance of any false alarm is at most one in twenty.
 """

@@ -99,12 +99,16 @@ def t_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, mean - half, mean + half
 
 
-def binned(run: Run, width: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training episodes as (steps, returns, seconds) of bins of `width` steps: end, mean, and time of the last one."""
+def binned(run: Run, width: float) -> tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]:
+    """Training episodes as (steps, returns, seconds) of bins of `width` steps: end, mean, and time of the last one.
+
+    Seconds are None where the file has none.
+    """
     index = np.ceil(run.steps / width)
     bins = np.unique(index)
     returns = np.array([run.returns[index == i].mean() for i in bins])
-    return np.minimum(bins * width, run.steps[-1]), returns, np.array([run.seconds[index == i][-1] for i in bins])
+    seconds = None if run.seconds is None else np.array([run.seconds[index == i][-1] for i in bins])
+    return np.minimum(bins * width, run.steps[-1]), returns, seconds
 
 
 def common_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -399,7 +403,7 @@ def print_scores(envs: dict[str, dict[str, list[Run]]], found: dict[str, dict[st
 
 
 def print_side_by_side(found: dict[str, dict[str, np.ndarray]]) -> None:
-    """Score of each group, a column for each environment: mean with its t-interval, of fewer than three seeds each."""
+    """Score of each group, a column for each environment: mean with its t-interval; of fewer than three seeds, each."""
     order = [env for env in records.RANGES if env in found]
     envs = [*order, *(env for env in found if env not in order)]
     rows = [("algorithm", *envs)]

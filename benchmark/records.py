@@ -163,10 +163,11 @@ def identify(path: Path) -> Run:
     if (path.parent / "args.json").exists():
         try:
             flags = json.loads((path.parent / "args.json").read_text())
-            env, seed, velocity = flags["env_id"], flags["seed"], flags.get("velocity")
-        except (ValueError, KeyError, AttributeError):
+            env, seed = flags["env_id"], flags["seed"]
+            algorithm = NAMES[flags["velocity"]] if "velocity" in flags else None
+        except (ValueError, LookupError, TypeError):
             raise ValueError("whose args.json is not one of this project's") from None
-        return Run(path, env, NAMES[velocity or script_of(path.parent)], [], seed, none, none, flags=flags)
+        return Run(path, env, algorithm or NAMES[script_of(path.parent)], [], seed, none, none, flags=flags)
     match = re.fullmatch(r"(.+)_seed(\d+)(_.+?)??(?:_eval|_returns)?", path.stem)
     if not match:
         raise ValueError("without a seed in the name")
@@ -180,8 +181,8 @@ def identify(path: Path) -> Run:
 
 def script_of(folder: Path) -> str:
     """The script behind a run's folder: from its name, or a policy or checkpoint in it. Raises ValueError."""
-    if match := re.search("|".join(SCRIPTS), folder.name):
-        return match[0]
+    if match := re.search(rf"(?:^|__)({'|'.join(SCRIPTS)})(?:__|$)", folder.name):
+        return match[1]
     for path in (folder / "policy.pt", folder / "checkpoint.pt"):
         if path.exists():
             import torch  # here, because few folders need it
@@ -233,7 +234,8 @@ def unique(runs: list[Run]) -> list[Run]:
         key = run.env, run.name, run.seed, run.root
         if key in longest:
             kept = f"{run.path.parent.name}/{run.path.name}"
-            note(f"{longest[key].path.parent.name}/{longest[key].path.name} left out: {kept} is the same, and longer")
+            left_out = f"{longest[key].path.parent.name}/{longest[key].path.name}"
+            note(f"{left_out} left out: {kept} is the same, and at least as long")
         longest[key] = run
     return list(longest.values())
 

@@ -115,8 +115,17 @@ def test_gradient_norms_of_runs(start, tmp_path):
     assert {(row["K"], row["i"]) for row in tables["checkpoints"]} == {("2", str(i)) for i in range(3)}
     assert all(float(row["grad_norm"]) > 0 for table in tables.values() for row in table)
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"init", "training", "checkpoints"}
-    done = program("gradient_norms", tmp_path, "--runs", tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(tmp_path) in done.stderr
+    for given, named in (([tmp_path], str(tmp_path)), ([runs[0], runs[0]], "give one")):
+        done = program("gradient_norms", tmp_path, "--runs", *given)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and named in done.stderr
+
+
+def test_the_last_value_of_a_flag_counts():
+    import speed
+
+    flags = ["--critic-dim", "512", "--extra", "--critic-dim=1024"]
+    assert speed.value_of(flags, "--critic-dim") == "1024" and speed.value_of(flags, "--batch-size") is None
+    assert speed.value_of(["--critic-dim=64", "--critic-dim", "32"], "--critic-dim") == "32"
 
 
 def test_speed_measures_a_script(tmp_path):
@@ -204,9 +213,9 @@ def numbers_of(notebook) -> dict:
 
 
 def flat(values) -> list:
-    """The numbers of nested dicts and lists, in their order."""
+    """The numbers of nested dicts, by their sorted keys, and lists."""
     if isinstance(values, dict):
-        values = values.values()
+        values = [values[key] for key in sorted(values)]
     elif not isinstance(values, list):
         return [values]
     return [number for value in values for number in flat(value)]
@@ -222,9 +231,36 @@ def test_bandit(tmp_path):
     assert {row["growth"] for row in rows[8:]} == {"1"} and "1" not in {row["growth"] for row in rows[:8]}
     for first, second in zip(rows[::4], rows[2::4], strict=True):  # of one seed: the larger alpha asks for noise
         assert float(first["path_entropy"]) < float(second["path_entropy"])
-    for flag, value in (("--alphas", 0), ("--flow-steps", 0), ("--seeds", 0), ("--out", "/dev/null/x")):
-        done = program("bandit", tmp_path, flag, value)
+    wrong = "--alphas 0|--alphas inf|--flow-steps 0|--seeds 0|--policies|--rewards|--out /dev/null/x"
+    for flag, *value in map(str.split, wrong.split("|")):
+        done = program("bandit", tmp_path, flag, *value)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and flag in done.stderr
+
+
+def test_the_policy_of_the_last_update_is_described():
+    """Whether or not it is a multiple of 100."""
+    import bandit
+
+    trained = bandit.train("plain", bandit.Reward("modes"), 1, [0.02], [1], updates=3, batch_size=8)
+    weights = [(update, models[0].actor.velocity_net.out.weight.clone()) for update, _, models in trained]
+    assert [update for update, _ in weights] == [0, 3] and not torch.equal(weights[0][1], weights[1][1])
+
+
+@pytest.mark.parametrize("alpha", [0.005, 0.5])
+def test_bandits_divergence_by_hand(monkeypatch, alpha):
+    """KL of a uniform policy from exp(reward / alpha), whose tails are below what float32 can hold at alpha 0.005."""
+    import bandit
+
+    class Uniform:
+        net = staticmethod(lambda obs: torch.zeros(1, 2))
+        draw_noise = staticmethod(lambda samples: None)
+        rollout = staticmethod(lambda obs, noise: (torch.linspace(-1, 1, len(obs) + 1)[1:, None], obs[:, 0], []))
+
+    reward = bandit.Reward("modes")
+    x = -1 + (torch.arange(1000, dtype=torch.float64) + 0.5) / 500
+    log_density = (reward(None, x[:, None]).double() / alpha).log_softmax(0).view(bandit.BINS, -1).logsumexp(1)
+    expected = -math.log(bandit.BINS) - log_density.mean().item()
+    assert bandit.describe(Uniform(), reward, alpha)["kl"] == pytest.approx(expected, rel=0.01)
 
 
 def test_bandit_clips_the_backward_pass_alone():

@@ -203,6 +203,23 @@ def test_minari_loads_what_a_policy_played(start, tmp_path, monkeypatch):
     np.testing.assert_allclose(noisy["actions"][0] - quiet["actions"][0], expected, atol=1e-5)
 
 
+def test_a_folder_of_an_interrupted_merge_is_replaced(monkeypatch, tmp_path):
+    def write(args, files, merged):
+        merged.mkdir()
+        (merged / "new").touch()
+        return 1
+
+    out, parts = tmp_path / "set", tmp_path / "set.parts"
+    for folder in (out, parts):
+        folder.mkdir()
+    (out / "old").touch()
+    np.savez(parts / "0.npz", failures=0)
+    monkeypatch.setattr(collect, "settings_of", lambda args: {})
+    monkeypatch.setitem(collect.KINDS, "robosuite", collect.KINDS["robosuite"]._replace(write=write))
+    collect.run(collect.Args(env_id="lift", episodes=1, out=out), parts)
+    assert [path.name for path in out.iterdir()] == ["new"] and not parts.exists()
+
+
 def test_a_policy_is_played_as_its_evaluations_saw_the_environment(start, tmp_path):
     """With the run's statistics of a normalising wrapper, frozen, and its limit of steps; an episode is its seed's."""
     flags = ["--env-id", "tiny_envs:Normalized-v0", "--learning-starts", 60, "--total-timesteps", 80]

@@ -97,6 +97,12 @@ def test_reads_what_cleanrl_prints(tmp_path, capsys, monkeypatch):
     assert "--env-id" in error_of(capsys, monkeypatch, *words)
 
 
+@pytest.mark.parametrize("printed", ["[-280.5]", "-280.5", "[-2.805e+02]"])
+def test_cleanrls_negative_returns_keep_their_sign(tmp_path, printed):
+    (tmp_path / "x.log").write_text(f"global_step=7, episodic_return={printed}\nglobal_step=8, episodic_return=[nan]\n")
+    assert time_to_return.returns_of(tmp_path / "x.log", "training") == [(7, -280.5)]
+
+
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     hopper = make_run(tmp_path / "hopper", [0] * 20)
     walker = make_run(tmp_path / "walker", [0] * 20, env_id="Walker2d-v4")
@@ -104,6 +110,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     short = make_run(tmp_path / "short", [0] * 6)
     empty = make_run(tmp_path / "empty")
     cases = [
+        (["--runs"], "--runs must name"),
         (["--runs", hopper], "name=value"),
         (["--runs", f"a={hopper}"], "--timed a="),
         (["--runs", f"a={tmp_path}", "--speed", "a=1"], "args.json"),

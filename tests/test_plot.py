@@ -307,6 +307,9 @@ def test_short_training_runs_are_drawn(main, drawn, tmp_path):
     main("ant-v4", "--training", "--figures", "curves", "time")
     assert curve(drawn["ant-v4"][0], "Flow-G (1 seed)") == ([96, 300], [10, 30])
     assert curve(drawn["ant-v4-time"][0], "Flow-G (1 seed)") == ([1, 3], [10, 30])
+    path.write_text("step,return\n95,10\n299,20\n300,40\n")
+    main("ant-v4", "--training", "--figures", "curves")
+    assert curve(drawn["ant-v4"][0], "Flow-G (1 seed)") == ([96, 300], [10, 30])
 
 
 def test_figures_and_help(tmp_path):
@@ -369,6 +372,16 @@ def test_script_from_the_policy(tmp_path):
 
     write_run(tmp_path / "mine", [(100, 1)])
     torch.save({"script": "sac_gaussian"}, tmp_path / "mine" / "policy.pt")
+    (run,) = records.read([tmp_path])
+    assert run.algorithm == "Gaussian"
+
+
+@pytest.mark.parametrize("name", ["encoder-ablation", "Hopper-v4__sac_flow_g2__1__170", "my_sac_flow_t"])
+def test_a_scripts_name_within_a_word_is_no_name(tmp_path, name):
+    import torch
+
+    write_run(tmp_path / name, [(100, 1)])
+    torch.save({"script": "sac_gaussian"}, tmp_path / name / "policy.pt")
     (run,) = records.read([tmp_path])
     assert run.algorithm == "Gaussian"
 
@@ -461,6 +474,10 @@ def test_damaged_files_are_left_out_in_a_line(tmp_path, capsys):
     assert [run.seed for run in records.read([tmp_path])] == [1]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5 and all("1 file such as" in line for line in lines), lines
+    for text in ("[]", '{"env_id": "lift", "seed": 1, "velocity": "another"}'):
+        (tmp_path / "run" / "args.json").write_text(text)
+        assert len(records.read([tmp_path])) == 1
+        assert "args.json is not one of" in capsys.readouterr().err
 
 
 def test_missing_packages(monkeypatch, capsys):

@@ -389,7 +389,7 @@ def batches_per_update(actor: naive.Actor) -> int:
 
 
 def make_networks(args: Args, env, device: torch.device):
-    """As the script's; says when the BatchRenorms switch, and leaves with `Run` what it measures."""
+    """As the script's; says when the BatchRenorms switch, and hands `Run` what it is to measure."""
     networks = naive_make_networks(args, env, device)
     actor, _, critics, _, buffer = networks
     Run.measured = actor, critics, buffer, env, device

@@ -567,6 +567,8 @@ def run(args: Args, parts: Path) -> None:
     for out, episodes in outs.items():
         files = [parts / f"{i}.npz" for i in episodes]
         rows = kind.write(args, files, parts / "merged")
+        if out.is_dir():  # Minari's, of a merge that was interrupted
+            shutil.rmtree(out)
         os.replace(parts / "merged", out)
         failures = sum(int(np.load(file)["failures"]) for file in files)
         print(f"saved {out}: {len(files)} episodes, {rows} rows; failed attempts left out: {failures}")

@@ -170,7 +170,7 @@ def train(policy: str, reward: Reward, k: int, alphas, seeds, updates: int, batc
             )
         else:
             losses = torch.vmap(call)((parameters, buffers), (noise, alphas))
-        if update % 100 == 0:
+        if update % 100 == 0 or update == updates:
             for j, model in enumerate(models):
                 model.load_state_dict({name: value.detach()[j] for name, value in parameters.items()}, strict=False)
             yield update, losses.tolist(), models
@@ -180,10 +180,10 @@ def train(policy: str, reward: Reward, k: int, alphas, seeds, updates: int, batc
 
 
 def soft_optimum(reward: Reward, alpha: float):
-    """SAC's optimum for the action's entropy, exp(reward / alpha), as probabilities of the BINS bins."""
+    """SAC's optimum for the action's entropy, exp(reward / alpha): the logs of the probabilities of the BINS bins."""
     fine = 10
     centres = -1 + (torch.arange(fine * BINS) + 0.5) * 2 / (fine * BINS)
-    return (reward(None, centres[:, None]) / alpha).softmax(0).view(BINS, fine).sum(1)
+    return (reward(None, centres[:, None]) / alpha).log_softmax(0).view(BINS, fine).logsumexp(1)
 
 
 def describe(actor, reward: Reward, alpha: float, samples: int = 20_000) -> dict:
@@ -202,8 +202,8 @@ def describe(actor, reward: Reward, alpha: float, samples: int = 20_000) -> dict
         right=(action > 0).float().mean().item(),
         reward=reward(obs, action).mean().item(),
         entropy=torch.special.entr(share).sum().item() + width,
-        optimum=torch.special.entr(optimum).sum().item() + width,
-        kl=torch.xlogy(share, share / optimum.clamp(min=1e-30)).sum().item(),
+        optimum=-(optimum.exp() * optimum).sum().item() + width,
+        kl=(torch.xlogy(share, share) - share * optimum).sum().item(),
         path_entropy=-log_prob.mean().item(),
         sigma=log_sigma.exp().item(),
     )
@@ -227,8 +227,11 @@ def rows(name: str, args: Args):
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     for flag, values in (("flow-steps", args.flow_steps), ("alphas", args.alphas)):
-        if not values or not all(value > 0 for value in values):
+        if not values or not all(0 < value < math.inf for value in values):
             fail(f"--{flag} {' '.join(map(str, values))}: give one or more numbers above 0")
+    for flag, values in (("policies", args.policies), ("rewards", args.rewards)):
+        if not values:
+            fail(f"--{flag}: give one or more")
     for flag, value in (("seeds", args.seeds), ("updates", args.updates), ("batch-size", args.batch_size)):
         if value < 1:
             fail(f"--{flag} {value}: give 1 or more")

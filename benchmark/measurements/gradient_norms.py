@@ -1,4 +1,4 @@
-"""Does a flow rollout's gradient explode, and do gates and decoders cure it? What is measured, whatever it says.
+"""Does a flow rollout's gradient explode, and do gates and decoders cure it? What is measured, either way.
 
 For every velocity (plain, Flow-G, Flow-T) and rollout length K: the norm of dL/dA_i at each step of the rollout, and
 the largest singular values of the noise-free steps' Jacobians I + dt dv/dA_i and of their product, the linear map that
@@ -320,8 +320,14 @@ def save(figure, path: Path) -> None:
 def main() -> None:
     args = parse_args(Args, __doc__)
     plt = pyplot()
+    runs = {}
     for run in args.runs:
         load(run)
+        known = described(run)
+        key = tuple(known.values())
+        if key in runs:
+            fail(f"--runs: {runs[key]} and {run} are both {' '.join(f'{k} {v}' for k, v in known.items())}: give one")
+        runs[key] = run
     torch.set_num_threads(1)  # the networks are small
     tables = {}
     if args.runs:

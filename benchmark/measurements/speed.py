@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -116,6 +117,12 @@ def folders(root: Path) -> list[Path]:
     return [root, root / "benchmark", root / "benchmark" / "controls"]
 
 
+def value_of(flags: list[str], name: str) -> Optional[str]:
+    """The value of a flag, as two words or as one with "="; the last one counts. None if it is not given."""
+    words = [part for word in flags for part in word.split("=", 1)]
+    return next((value for flag, value in reversed(list(pairwise(words))) if flag == name), None)
+
+
 def run_script(job: dict, flags: list[str], clock: Clock) -> None:
     """Train with the script `job` names, its functions clocked, until the clock has seen enough."""
     sys.path[:0] = map(str, folders(Path(job["root"])))
@@ -209,9 +216,7 @@ def child(job: dict) -> None:
             run_script(job, [*flags, "--no-compile", "--no-cuda"], count)
         flop = (totals[1] - totals[0]) / 6
 
-    width, batch = (
-        int(flags[flags.index(name) + 1]) if name in flags else 256 for name in ("--critic-dim", "--batch-size")
-    )
+    width, batch = (int(value_of(flags, name) or 256) for name in ("--critic-dim", "--batch-size"))
     if precision := getattr(sys.modules[job["script"]], "matmul_precision", None):  # the oldest versions: "highest"
         bf16 = ["--bf16" in flags][: precision.__code__.co_argcount - 1]  # a flag of older versions
         torch.set_float32_matmul_precision(precision(torch.device(job["device"]), *bf16))

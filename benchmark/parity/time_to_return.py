@@ -3,9 +3,9 @@
     python benchmark/parity/time_to_return.py --runs flow-g=runs/a flow-g=runs/b crossq=runs/c \\
         --timed flow-g=runs/short-1 crossq=runs/short-2 flow-g=runs/short-3 crossq=runs/short-4
 
-A run is reached at its first training episode with which the mean return of the last 10 is at least the threshold
-(every program has these), or, with --by evaluation, at its first such evaluation of the frozen policy. One that never
-gets there is a lower bound, "> its steps", and enters the median as later than all that did. Runs are folders with
+A run is there at the first training episode at which the mean return of the last 10 is at least the threshold (every
+program has these), or, with --by evaluation, at the first such evaluation of the frozen policy. One that never gets
+there is a lower bound, "> its steps", and enters the median as later than all that did. Runs are folders with
 returns.csv, eval.csv and args.json, or, with --env-id, what CleanRL's SAC printed (*.log).
 
 Steps per second come from short runs, made in turn on one quiet core so that a slow spell hits all: from 1 000 steps
@@ -89,7 +89,7 @@ def returns_of(path: Path, by: str) -> list[tuple[float, float]]:
     if by == "evaluation":
         fail(f"{path}: a log has no evaluations; use --by training")
     try:
-        found = re.findall(r"global_step=(\d+), episodic_return=\D*(-?[\d.]+(?:e[+-]?\d+)?)", path.read_text())
+        found = re.findall(r"global_step=(\d+), episodic_return=\[?(-?[\d.]+(?:e[+-]?\d+)?)", path.read_text())
     except OSError as error:
         fail(f"{path}: cannot be read ({error.strerror})")
     return [(float(step), float(value)) for step, value in found]
@@ -129,6 +129,8 @@ def table(runs: dict[str, list[tuple[Optional[float], float]]], speeds: dict[str
 def main() -> None:
     """Print the table."""
     args = tyro.cli(Args, description=__doc__)
+    if not args.runs:
+        fail("--runs must name one or more")
     runs = {}
     environments = set()
     for word in args.runs:

@@ -111,7 +111,7 @@ class AveragedCrossQ(CrossQ):
         """One update, as CrossQ's; the average moves when the actor did."""
         if self.average is None:
             self.average = self.policy.actor_state.params
-        actor_moves = self._n_updates % self.policy_delay == 0
+        actor_moves = (self._n_updates + 1) % self.policy_delay == 0
         super().train(gradient_steps, batch_size)
         if actor_moves:
             self.average = move_average(self.policy.actor_state.params, self.average, 1 - self.decay)
@@ -169,7 +169,7 @@ class Recorder(BaseCallback):
         lengths = []
         for start in np.random.SeedSequence(self.args.seed).generate_state(self.args.eval_episodes):
             obs, info = self.eval_env.reset(seed=int(start))
-            while "episode" not in info:  # it is over
+            while "episode" not in info:  # until it is over
                 action = self.model.choose(obs.astype(np.float32), kind == "deterministic")
                 obs, _, _, _, info = self.eval_env.step(action)
             returns.append(float(info["episode"]["r"]))
@@ -185,9 +185,12 @@ class Recorder(BaseCallback):
 def make_env(env_id: str) -> gym.Env:
     """An environment whose last info of an episode has its return and length; stops the program without one."""
     try:
-        return gym.wrappers.RecordEpisodeStatistics(gym.make(env_id))
+        env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id))
     except Exception as error:  # an environment may raise anything
-        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")
+        fail(f"--env-id {env_id}: {(str(error) or type(error).__name__).splitlines()[0]}")
+    if not all(isinstance(space, gym.spaces.Box) for space in (env.observation_space, env.action_space)):
+        fail(f"--env-id {env_id}: observations and actions must be a Box")
+    return env
 
 
 def check(args: Args) -> None:
@@ -215,7 +218,7 @@ def main() -> None:
     name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__train_sbx__{args.seed}__{int(time.time())}"
     folder = Path("runs") / (args.run_name or name)
     if folder.exists():
-        fail(f"--run-name {args.run_name}: {folder} exists; choose another name")
+        fail(f"{folder} exists: choose another --run-name")
     torch.set_num_threads(1)
     model = AveragedCrossQ(
         "MlpPolicy",
