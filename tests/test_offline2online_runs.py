@@ -498,9 +498,13 @@ def test_missing_package_names_the_remedy(refused, monkeypatch):
 
 
 def test_defaults_by_task(monkeypatch):
-    expected = {"lift": (10_000, 1_000, False), "cube-double-play-singletask-task2-v0": (300, 300, False)}
+    expected = {"lift": (10_000, 10_000, False), "cube-double-play-singletask-task2-v0": (300, 300, False)}
     expected |= {"cube-triple-play-singletask-v0": (100, 100, False), "scene-play-singletask-v0": (100, 100, True)}
     for env_id, defaults in expected.items():
         monkeypatch.setattr("sys.argv", ["x", "--env-id", env_id, "--no-cuda"])
         args, _ = script.parse_args()
         assert (args.beta, args.online_beta, args.sparse) == defaults
+    for flags, betas in (("--beta 5", (5, 5)), ("--online-beta 1000", (10_000, 1_000))):
+        monkeypatch.setattr("sys.argv", ["x", "--no-cuda", *flags.split()])
+        args, _ = script.parse_args()
+        assert (args.beta, args.online_beta) == betas
