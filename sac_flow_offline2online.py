@@ -165,8 +165,8 @@ class Args:
     beta: Optional[float] = None
     """offline weight of the mean square of a_theta - a_data, in units of the bounds; default: the paper's for the task,
     lift's for other tasks of robosuite, else 100"""
-    # The paper goes down to 1 000 online on lift, can and square. On lift with 100 demonstrations, three seeds, success
-    # after the offline phase and after 5 000 online steps: 0.82 and 0.79 with that, 0.82 and 0.93 with 10 000 throughout.
+    # On lift, can and square the paper goes down to 1 000 online. Lift with 100 demonstrations, three seeds, success
+    # after the offline phase and 5 000 online steps: 0.82 and 0.79 with that, 0.82 and 0.93 with 10 000 throughout.
     online_beta: Optional[float] = None
     """the same online, where a_data is what the batch holds, of the data or of the policy's own experience; default:
     --beta"""
