@@ -234,8 +234,8 @@ class Actor(nn.Module):
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
         # Last step: SAC's customary target, -1 for each dimension of actions in [-1, 1], asks for a sigma of 0.36 at
-        # K = 4. For more steps it is lowered to what the same sigma gives, the last deviation being about sigma / K. Kept
-        # at -1 it asks for 1.5 at K = 16, and nothing meets it from K = 69 on. Flow-G on Walker2d-v4, K = 16, after
+        # K = 4. For more steps it is lowered to what the same sigma gives: the last deviation is about sigma / K. At -1
+        # it would ask for 1.5 at K = 16, and nothing meets it from K = 69 on. Flow-G on Walker2d-v4, K = 16, after
         # 30 000 steps: 1 616 and 675 with it lowered, |dL/dA_0| 1.3 % of |dL/dA_K|; 1 434 and 590 at -1, 0.07 %.
         # Path: the paper's target, 0 whatever K is, asks for a sigma of 0.46 at K = 4, but of 1.4 at K = 16. With that
         # target and K = 16 Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with the entropy of
