@@ -129,7 +129,7 @@ class Args:
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: Optional[float] = None
     """target of the policy's entropy in nats, of all dimensions together, for actions in [-1, 1] whatever the
-    environment's unit; default: the policy's own, -1 per dimension"""
+    environment's unit; default: the policy's own, mostly -1 per dimension (see `Actor`)"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
