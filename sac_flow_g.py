@@ -1,12 +1,14 @@
 """SAC Flow-G: soft actor-critic whose policy is a flow, trained end to end through its own sampling loop.
 
-An action is made by K steps along a velocity network, and gradients of the critic run back through all of
-them. That loop is a residual RNN over the flow time, so its gradients can explode. Flow-G is the paper's proposed
-cure, after the GRU: the velocity is gated, so that a noise-free step mixes the old action and a candidate.
+An action is made by K steps along a velocity network, and gradients of the critic run back through all of them. That
+loop is a residual RNN over the flow time, whose gradients explode where the velocity is steep.
+Flow-G is the paper's proposed cure, after the GRU: the velocity is gated, so that a noise-free step mixes the old
+action and a candidate.
 Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments name.
 
     python sac_flow_g.py --env-id Hopper-v4
 
+The paper's equations: --score-step euler --entropy path --target-entropy 0 --encoder-dim 0
 Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-video.
 """
 # /// script
@@ -726,7 +728,7 @@ def read_flags(kind: type, description: str, **options):
         text = re.sub(r"\x1b.*?m|[╭╮╰╯│]", "", said.getvalue())  # without colours and frame
         if error.code == 0:  # --help
             for title, name in re.findall(r"\n\n    # (.+)\n    (\w+):", inspect.getsource(kind)):
-                text = re.sub(rf"^ +{flag(name)}\b", f"\n {title}\n\\g<0>", text, flags=re.M)
+                text = re.sub(rf"^ +{flag(name)}(?![\w-])", f"\n {title}\n\\g<0>", text, flags=re.M)
             print(text)
             raise
         _, *parts = re.split("[─-]{9,}", " ".join(text.split()))

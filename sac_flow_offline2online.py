@@ -885,7 +885,7 @@ def read_flags(kind: type, description: str, **options):
         text = re.sub(r"\x1b.*?m|[╭╮╰╯│]", "", said.getvalue())  # without colours and frame
         if error.code == 0:  # --help
             for title, name in re.findall(r"\n\n    # (.+)\n    (\w+):", inspect.getsource(kind)):
-                text = re.sub(rf"^ +{flag(name)}\b", f"\n {title}\n\\g<0>", text, flags=re.M)
+                text = re.sub(rf"^ +{flag(name)}(?![\w-])", f"\n {title}\n\\g<0>", text, flags=re.M)
             print(text)
             raise
         _, *parts = re.split("[─-]{9,}", " ".join(text.split()))

@@ -3,6 +3,7 @@
     python benchmark/plot.py runs/first --out figures
     python benchmark/plot.py benchmark/results/hopper-v4 --training
     python benchmark/plot.py benchmark/results/lift
+    python benchmark/plot.py runs benchmark/results/published.csv --steps 100000
 
 Reads folders of runs, and those of benchmark/results/, as they are. A curve is the mean over seeds with its 95 %
 bootstrap interval, which is the range of two or three seeds; tables have t-intervals, which are wider with so few and
@@ -48,7 +49,7 @@ class Args:
     """Flags of the command line."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders of runs, or of benchmark/results/, with all that is below them"""
+    """folders of runs, or of benchmark/results/, with all that is below them; a file of others' evaluations"""
     out: Path = Path("figures")
     """folder of the figures, each as SVG and PNG"""
     training: bool = False
@@ -58,7 +59,8 @@ class Args:
     figures: tuple[Figure, ...] = FIGURES
     """which figures; statistics, profiles and improvement also for their tables"""
     steps: Optional[int] = None
-    """step at which runs are scored; default: what half or more of the runs of each group have reached"""
+    """step at which runs are scored and curves end; default: what half or more of the runs of each group have reached,
+    and the curves' own ends"""
     ranges: tuple[str, ...] = ()
     """returns that count as 0 and 1 in an environment that records.py does not know: Swimmer-v4=0,100"""
     reps: int = 2000
@@ -317,7 +319,8 @@ def draw_all_curves(envs: dict[str, dict[str, list[Run]]], style: Style, args: A
         for axis, (env, groups) in zip(axes, sheet.items(), strict=True):
             draw_curves(groups, axis, style, args, time)
             axis.set_title(env)
-        save(figure, axes, args.out, name + suffix, "mean over seeds, 95 % bootstrap interval, each seed thinly")
+        caption = "mean over seeds, each seed thinly; band: 95 % bootstrap interval (2 or 3 seeds: their range)"
+        save(figure, axes, args.out, name + suffix, caption)
 
 
 def draw_evaluations(env: str, groups: dict[str, list[Run]], style: Style, out: Path) -> None:
@@ -404,13 +407,11 @@ def print_scores(envs: dict[str, dict[str, list[Run]]], found: dict[str, dict[st
 
 def print_side_by_side(found: dict[str, dict[str, np.ndarray]]) -> None:
     """Score of each group, a column for each environment: mean with its t-interval; of fewer than three seeds, each."""
-    order = [env for env in records.RANGES if env in found]
-    envs = [*order, *(env for env in found if env not in order)]
-    rows = [("algorithm", *envs)]
+    rows = [("algorithm", *found)]
     for name in dict.fromkeys(name for groups in found.values() for name in groups):
         cells = []
-        for env in envs:
-            values = found[env].get(name, np.array([]))
+        for groups in found.values():
+            values = groups.get(name, np.array([]))
             each = ", ".join(f"{value:.0f}" for value in values) or "-"
             mean = f"{values.mean():.0f} ({each})" if len(values) == 2 else each
             cells.append(cell(*t_interval(values)) if len(values) > 2 else mean)
@@ -468,10 +469,13 @@ def main() -> None:
         if "curves" in args.figures:
             draw_evaluations(env, groups, style, args.out)
         print_evaluations(env, groups)
-    envs = by_env([run for run in runs if run.success is None])
+    runs = [run for run in runs if run.success is None]
+    envs = by_env(runs)
+    last = args.steps or math.inf
+    shown = by_env([run.until(last) for run in runs if run.steps[0] <= last])
     for kind in ("curves", "time"):
         if kind in args.figures:
-            draw_all_curves(envs, style, args, kind == "time")
+            draw_all_curves(shown, style, args, kind == "time")
     ends = {env: args.steps or records.end_of(groups) for env, groups in envs.items()}
     found = {env: records.scores(groups, ends[env]) for env, groups in envs.items()}
     if found:

@@ -1,7 +1,8 @@
 """Runs as plot.py and compare.py read them, and the name and colour that an algorithm has in every figure.
 
 Two kinds of folders are read as they are: those of runs, which hold args.json with eval.csv or returns.csv, and those
-of benchmark/results/, whose files are named <environment>/<label>_seed<n>[_eval|_returns].csv.
+of benchmark/results/, whose files are named <environment>/<label>_seed<n>[_eval|_returns].csv. And others' evaluations,
+from one CSV file with the columns environment, algorithm, step, seed and return.
 """
 
 import csv
@@ -10,7 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, Optional
 
@@ -83,6 +84,12 @@ class Run:
         """What it is called in figures and tables: runs of one environment and name differ in their seed alone."""
         return " ".join([self.algorithm, *self.variant])
 
+    def until(self, step: float) -> "Run":
+        """The run without what came after `step`."""
+        columns = {name: getattr(self, name) for name in ("steps", "returns", "seconds", "success")}
+        inside = self.steps <= step
+        return replace(self, **{name: values[inside] for name, values in columns.items() if values is not None})
+
 
 def fail(message: str) -> NoReturn:
     """Stop with one line on standard error and exit code 2."""
@@ -96,7 +103,7 @@ def note(message: str) -> None:
 
 
 def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = (), together: bool = True) -> list[Run]:
-    """All runs below the folders, sorted by environment, algorithm, variant and seed.
+    """All runs below the folders, sorted by environment, in the order of RANGES, algorithm, variant and seed.
 
     Evaluations, or training episodes with `training`; with `only` files whose path has one of these texts. What cannot
     be read is noted in one line. Stops the program if nothing is left.
@@ -104,18 +111,19 @@ def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = 
     runs = []
     left_out = defaultdict(list)  # why -> files
     for folder in folders:
-        if not folder.is_dir():
-            fail(f"{folder} is no folder: name folders of runs/ or of benchmark/results/")
-        for path in sorted(folder.resolve().rglob("*.csv")):
+        if not folder.exists():
+            fail(f"there is no {folder}: name folders of runs/ or of benchmark/results/")
+        for path in [folder] if folder.is_file() else sorted(folder.resolve().rglob("*.csv")):
             if only and not any(text in str(path) for text in only):
                 continue
             try:
-                run = read_run(path, training)
+                found = read_file(path, training)
             except ValueError as error:
                 left_out[str(error)].append(path)
                 continue
-            run.root = folder
-            runs.append(run)
+            for run in found:
+                run.root = folder
+            runs.extend(found)
     for why, paths in left_out.items():
         note(f"left out, {why}: {len(paths)} file{'s' * (len(paths) > 1)} such as {paths[0].name}")
     if not runs:
@@ -123,21 +131,37 @@ def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = 
         fail(f"no {missing} in {' '.join(map(str, folders))}: {instead}, or name other folders")
     set_variants(runs)
     runs = unique(runs)
+    envs = [*RANGES, *sorted({run.env for run in runs} - set(RANGES))]
     order = [*COLORS, *sorted({run.algorithm for run in runs} - set(COLORS))]
-    return sorted(runs, key=lambda run: (run.env, order.index(run.algorithm), run.name, run.seed))
+    return sorted(runs, key=lambda run: (envs.index(run.env), order.index(run.algorithm), run.name, run.seed))
 
 
-def read_run(path: Path, training: bool) -> Run:
-    """The run behind a CSV file. Raises ValueError, with the reason, for one that is not to be read."""
+def read_file(path: Path, training: bool) -> list[Run]:
+    """The runs in a CSV file. Raises ValueError, with the reason, for one that is not to be read."""
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         columns = set(reader.fieldnames or [])
         rows = [row for row in reader if None not in row.values()]  # a run that goes on may have written half a line
     if not {"step", "return"} <= columns:
         raise ValueError("without the columns step and return")
-    if training == bool({"kind", "weights", "success_rate"} & columns):
+    of_others = {"environment", "algorithm", "seed"} <= columns
+    if training == bool(of_others or {"kind", "weights", "success_rate"} & columns):
         raise ValueError("evaluations" if training else "training episodes (draw them with --training)")
-    run = identify(path)
+    if not of_others:
+        return [fill(identify(path), rows, columns)]
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["environment"], row["algorithm"], row["seed"]].append(row)
+    none = np.array([])
+    try:
+        runs = {key: Run(path, key[0], key[1], [], int(key[2]), none, none) for key in groups}
+    except ValueError:
+        raise ValueError("with a seed that is no number") from None
+    return [fill(run, groups[key], columns) for key, run in runs.items()]
+
+
+def fill(run: Run, rows: list[dict], columns: set[str]) -> Run:
+    """A run with its rows of a CSV file, sorted by step. Raises ValueError, with the reason, where they cannot be."""
     if "weights" in columns:
         rows = [row for row in rows if row["weights"] == AVERAGE]
     deterministic = [row for row in rows if row.get("kind") == "deterministic"]

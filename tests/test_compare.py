@@ -130,7 +130,7 @@ def test_nan_is_no_pass(main, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["a", "nowhere"], "nowhere is no folder"),
+        (["a", "nowhere"], "there is no nowhere"),
         (["a", "a"], "a twice"),
         (["a", "c"], "have no algorithm on the same environment"),
         (["a", "b", "--confidence", "1.5"], "--confidence must be between 0 and 1, not 1.5"),

@@ -397,6 +397,7 @@ def test_scores_side_by_side(main, tmp_path):
     folder.mkdir()
     write_run(folder, [(100, 8)], env_id="Ant-v4")
     *_, table = main("runs", "--figures", "curves")
+    assert [run.env for run in records.read([tmp_path / "runs"])][::3] == ["Hopper-v4", "Ant-v4", "Mine-v0"]
     assert table == [
         ["algorithm", "Hopper-v4", "Ant-v4", "Mine-v0"],
         ["Flow-G", "2 [-0, 4]", "7", "2 (1, 2)"],
@@ -404,8 +405,31 @@ def test_scores_side_by_side(main, tmp_path):
     ]
 
 
+def test_others_evaluations_from_one_file(main, drawn, tmp_path):
+    """Beside a run of ours: 2 of them, whose rows are not in order; --steps ends curves and scores."""
+    write_run(tmp_path / "runs" / "Hopper-v4__sac_flow_g__1", [(90, 3), (100, 5), (200, 9)])
+    rows = ["Hopper-v4,Theirs,100,7,20", "Hopper-v4,Theirs,50,7,10", "Hopper-v4,Theirs,200,7,90"]
+    rows += ["Hopper-v4,Theirs,50,8,0", "Hopper-v4,Theirs,96,8,4", "Hopper-v4,Theirs,300,8,90"]
+    (tmp_path / "theirs.csv").write_text("\n".join(["environment,algorithm,step,seed,return", *rows]) + "\n")
+    table, *_ = main("runs", "theirs.csv", "--steps", 100, "--figures", "curves")
+    assert [row[:4] + row[5:] for row in table[1:]] == [
+        ["Hopper-v4", "Flow-G", "100", "1", "4"],
+        ["Hopper-v4", "Theirs", "100", "2", "20, 4"],
+    ]
+    (axis,) = drawn["hopper-v4"]
+    assert curve(axis, "Flow-G (1 seed)") == ([90, 100], [3, 5])
+    x, y = curve(axis, "Theirs (2 seeds)")
+    assert x == [50, 96] and y == pytest.approx([5, (19.2 + 4) / 2])
+    (tmp_path / "theirs.csv").write_text(f"environment,algorithm,step,seed,return\n{rows[0].replace('7', 'x')}\n")
+    with pytest.raises(SystemExit):
+        main("theirs.csv")
+    with pytest.raises(SystemExit):
+        main("theirs.csv", "--training")
+
+
 def test_readme_has_the_published_scores(main):
-    *_, table = main(ROOT / "benchmark" / "results" / "mujoco", "--figures", "curves")
+    results = ROOT / "benchmark" / "results"
+    *_, table = main(results / "mujoco", results / "published.csv", "--steps", 100_000, "--figures", "curves")
     readme = (ROOT / "README.md").read_text()
     for row in table[1:]:
         assert f"| {' | '.join(row)} |" in readme
@@ -443,7 +467,7 @@ def test_published_results_are_read_as_they_are(capsys):
     "flags, words",
     [
         ("", "name one or more folders"),
-        ("nowhere", "nowhere is no folder: name folders of runs/ or of benchmark/results/"),
+        ("nowhere", "there is no nowhere: name folders of runs/ or of benchmark/results/"),
         ("empty", "no evaluations in empty: try --training"),
         ("good --training", "no training episodes in good: drop --training"),
         ("good --only nothing", "no evaluations in good"),

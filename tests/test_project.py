@@ -24,10 +24,11 @@ def test_the_diff_is_the_paper(other):
 
 
 def test_docstrings_of_the_pair_differ_in_name_cure_and_command():
-    """Four lines of each: the title, two that say how the gradients are tamed, the usage."""
+    """Five lines of each: the title, two that say how the gradients are tamed, the usage, the paper's flags."""
     g, t = (dict(split(path.read_text()))["docstring"].splitlines() for path in (G, T))
-    assert [i for i, (a, b) in enumerate(zip(g, t, strict=True)) if a != b] == [0, 3, 4, 7]
-    assert t[0] == g[0].replace("Flow-G", "Flow-T") and t[7] == g[7].replace("flow_g", "flow_t")
+    assert [i for i, (a, b) in enumerate(zip(g, t, strict=True)) if a != b] == [0, 4, 5, 8, 10]
+    assert t[0] == g[0].replace("Flow-G", "Flow-T") and t[8] == g[8].replace("flow_g", "flow_t")
+    assert t[10] == f"{g[10]} --no-velocity-contractive"
 
 
 def test_the_gaussian_differs_in_its_policy_alone():

@@ -1,12 +1,14 @@
 """The naive flow: SAC Flow with a plain MLP as velocity, the control beside sac_flow_g.py and sac_flow_t.py.
 
-An action is made by K steps along a velocity network, and gradients of the critic run back through all of
-them. That loop is a residual RNN over the flow time and inherits the RNN's exploding gradients. Nothing is done
-about it here: all but the velocity network is the text of sac_flow_g.py, so that a difference in a run is its doing.
+An action is made by K steps along a velocity network, and gradients of the critic run back through all of them. That
+loop is a residual RNN over the flow time, whose gradients explode where the velocity is steep.
+Nothing is done about it here: all but the velocity network is the text of sac_flow_g.py, so that a difference in a
+run is its doing.
 Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments name.
 
     python benchmark/controls/sac_flow_naive.py --env-id Hopper-v4
 
+The paper's equations: --score-step euler --entropy path --target-entropy 0 --encoder-dim 0
 Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-video.
 """
 # /// script
@@ -719,7 +721,7 @@ def read_flags(kind: type, description: str, **options):
         text = re.sub(r"\x1b.*?m|[╭╮╰╯│]", "", said.getvalue())  # without colours and frame
         if error.code == 0:  # --help
             for title, name in re.findall(r"\n\n    # (.+)\n    (\w+):", inspect.getsource(kind)):
-                text = re.sub(rf"^ +{flag(name)}\b", f"\n {title}\n\\g<0>", text, flags=re.M)
+                text = re.sub(rf"^ +{flag(name)}(?![\w-])", f"\n {title}\n\\g<0>", text, flags=re.M)
             print(text)
             raise
         _, *parts = re.split("[─-]{9,}", " ".join(text.split()))

@@ -294,7 +294,7 @@ def grid(plt, rows: list[dict], path: Path) -> None:
             continue
         final = {(r["script"], r["seed"]): r["step"] for r in chosen}
         last = [r for r in chosen if r["step"] == final[r["script"], r["seed"]]]
-        panel(column[1], growth_by_step(last, ["script"], "grad_norm"), (), "at the last norms")
+        panel(column[1], growth_by_step(last, ["script"], "grad_norm"), (), "at the end of training")
         for name, seed in sorted(final):
             norms = {(r["step"], r["i"]): r["grad_norm"] for r in chosen if (r["script"], r["seed"]) == (name, seed)}
             steps = sorted({step for step, _ in norms})
