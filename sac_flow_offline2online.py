@@ -501,15 +501,20 @@ class Critic(nn.Module):
 def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
     """sum_j mean valid (Q_j(s, a) - y)^2 / 2,  y = r + discount (1 - d) (mean_j Q'_j(s', a') - alpha log p_c(path')).
 
-    `batch` is what `merge_chunks` returns, `discount` gamma^h. Returns the loss and mean Q.
+    `batch` is what `merge_chunks` returns, `discount` gamma^h. A chunk is valid if all of it was executed, or it
+    terminates. Then what the policy would have gone on with takes the place of the actions that came too late to be
+    executed: those of the buffer begin another episode, and Q would learn that such a beginning means success. Returns
+    the loss and mean Q.
     """
-    obs, action, _, reward, terminated, valid, next_obs = batch
+    obs, action, _, executed, reward, terminated, next_obs = batch
+    valid = torch.maximum(terminated, executed[:, -1])
     with torch.no_grad():
+        continued = actor.rollout(obs, noise)[0]
+        action = actor.normalized(torch.where(executed > 0, action, continued))
         next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
         next_action = actor.normalized(next_action)
         next_q = torch.stack([target(next_obs, next_action) for target in targets]).mean(0)
         y = reward + discount * (1 - terminated) * (next_q - alpha * next_log_prob)
-    action = actor.normalized(action)
     q = torch.stack([critic(obs, action) for critic in critics])  # (2, B)
     return 0.5 * (valid * (q - y).square()).mean(1).sum(), q.mean()
 
@@ -652,22 +657,20 @@ class ReplayBuffer:
 def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) -> list[torch.Tensor]:
     """h successive rows of the buffer, (B, h, .) each, as one transition of a chunk of h actions.
 
-    Returns obs (B, obs_dim); action (B, h D); own (B, h D), 1 where an action is of the first row's episode;
-    reward (B,), the discounted sum up to a termination; terminated (B,), 1 if there is one; valid (B,), 1 if the critic
-    may learn from the chunk: it terminates, or all of it is of one episode, which is not so for one that truncation or
-    the data's end cuts short; next_obs (B, obs_dim), where a chunk that does not terminate bootstraps.
+    Returns obs (B, obs_dim); action (B, h D); own (B, h D), 1 where an action is of the first row's episode; executed
+    (B, h D), 1 where it also comes before a termination, as it would in the environment: play data goes on after a
+    success; reward (B,), the discounted sum of what was executed; terminated (B,), 1 if it terminates; next_obs
+    (B, obs_dim), where a chunk that does not terminate bootstraps.
     """
     reward, terminated, last = reward.squeeze(2), terminated.squeeze(2), last.squeeze(2)  # (B, h)
     first = torch.ones_like(last[:, :1])
     own = torch.cat([first, (1 - last)[:, :-1]], dim=1).cumprod(1)
-    # Play data goes on after a success; the environment would not have. Nor would rewards have come after it.
-    reached = own * torch.cat([first, (1 - terminated)[:, :-1]], dim=1).cumprod(1)
+    executed = own * torch.cat([first, (1 - terminated)[:, :-1]], dim=1).cumprod(1)
     discount = gamma ** torch.arange(reward.shape[1], device=reward.device)
-    reward = (discount * reached * reward).sum(1)
-    terminated = (reached * terminated).amax(1)
-    valid = torch.maximum(terminated, reached[:, -1])
-    own = own.repeat_interleave(action.shape[2], dim=1)
-    return [obs[:, 0], action.flatten(1), own, reward, terminated, valid, next_obs[:, -1]]
+    reward = (discount * executed * reward).sum(1)
+    terminated = (executed * terminated).amax(1)
+    own, executed = (mask.repeat_interleave(action.shape[2], dim=1) for mask in (own, executed))
+    return [obs[:, 0], action.flatten(1), own, executed, reward, terminated, next_obs[:, -1]]
 
 
 def main() -> None:

@@ -350,8 +350,9 @@ def test_the_unit_of_actions_changes_no_loss():
         obs = torch.randn(6, 3).double()
         action = unit * (2 * torch.rand(6, 4).double() - 1)
         own = torch.ones(6, 4).double()
-        reward, terminated, valid = torch.rand(3, 6).double()
-        batch = [obs, action, own, reward, terminated, valid, obs + 1]
+        executed = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).double().repeat(3, 1)
+        reward, terminated = torch.rand(2, 6).double()
+        batch = [obs, action, own, executed, reward, terminated, obs + 1]
         noise = torch.randn(5, 6, 4).double()
         q_loss, q = script.critic_loss(actor, critics, critics, batch, noise, 0.1, 0.9)
         actor_loss, bc, *_ = script.actor_loss(actor, critics, batch, noise, 0.1, 10.0)

@@ -36,16 +36,17 @@ def make_actor(velocity="gated", k=4, **keywords):
 
 def reference_chunk(rows, h, gamma):
     """One transition of a chunk from h rows (obs, action, reward, terminated, last, next_obs), step by step."""
-    total, ended, terminated, own = 0.0, False, False, []
+    total, ended, terminated, own, executed = 0.0, False, False, [], []
     for i, (_, _, reward, is_terminal, is_last, _) in enumerate(rows):
         own.append(not ended)
+        executed.append(not ended and not terminated)
         if not ended and not terminated:
             total += gamma**i * reward
         if not ended and is_terminal:
             terminated = True
         if is_last and i < h - 1:
             ended = True
-    return total, terminated, terminated or not ended, own
+    return total, terminated, own, executed
 
 
 def test_merge_chunks_is_the_step_by_step_sum():
@@ -59,14 +60,15 @@ def test_merge_chunks_is_the_step_by_step_sum():
             rows.append((*generator.normal(size=3), terminated, last, generator.normal()))
         columns = [torch.tensor([[[row[i]] for row in rows]], dtype=torch.float64) for i in (0, 1, 2, 3, 4, 5)]
         columns[1] = torch.cat([columns[1], -columns[1]], dim=2)
-        obs, action, own, reward, terminated, valid, next_obs = script.merge_chunks(*columns, 0.9)
-        total, is_terminal, is_valid, is_own = reference_chunk(rows, h, 0.9)
-        assert reward.item() == pytest.approx(total) and terminated.item() == is_terminal and valid.item() == is_valid
+        obs, action, own, executed, reward, terminated, next_obs = script.merge_chunks(*columns, 0.9)
+        total, is_terminal, is_own, is_executed = reference_chunk(rows, h, 0.9)
+        assert reward.item() == pytest.approx(total) and terminated.item() == is_terminal
         assert own[0].tolist() == [value for value in is_own for _ in range(2)]
+        assert executed[0].tolist() == [value for value in is_executed for _ in range(2)]
         assert obs[0, 0] == rows[0][0] and next_obs[0, 0] == rows[-1][5]
         assert action[0].tolist() == [value for row in rows for value in (row[1], -row[1])]
-        seen.add((is_terminal, is_valid, all(is_own)))
-    assert len(seen) == 4  # whole, cut short, terminated and cut short, terminated within its episode
+        seen.add((is_terminal, all(is_own), all(is_executed)))
+    assert len(seen) == 5  # whole, cut short; terminated: at the end, and cut short, and within its episode
 
 
 def test_chunks_stay_within_their_episode_in_a_ring():
@@ -81,8 +83,8 @@ def test_chunks_stay_within_their_episode_in_a_ring():
             added += 1
             if added < 5:
                 continue
-            obs, action, own, reward, ended, valid, next_obs = buffer.sample(200, h, 1.0)
-            whole = valid.bool() & ~ended.bool()
+            obs, action, own, executed, reward, ended, next_obs = buffer.sample(200, h, 1.0)
+            whole = executed.bool().all(1) & ~ended.bool()
             assert torch.equal(action[whole], obs[whole, 1:] + torch.arange(h))
             assert torch.equal(next_obs[whole], obs[whole] + torch.tensor([0, h])) and (reward[whole] == h).all()
             assert (obs[ended.bool(), 0] % 2 == 1).all()
@@ -215,15 +217,42 @@ def test_layer_normalisation_bounds_the_critic():
 def test_critic_loss_uses_the_mean_of_the_targets_on_valid_chunks_alone():
     critics, targets = nn.ModuleList([Table(1.0), Table(2.0)]), nn.ModuleList([Table(3.0), Table(5.0)])
     obs, action, ones = torch.ones(3, 1), torch.zeros(3, 1), torch.ones(3, 1)
-    reward, terminated, valid = torch.full((3,), 5.0), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
-    batch = [obs, action, ones, reward, terminated, valid, 2 * obs]
+    reward, terminated = torch.full((3,), 5.0), torch.tensor([0.0, 1.0, 0.0])
+    executed = torch.tensor([[1.0], [1.0], [0.0]])
+    batch = [obs, action, ones, executed, reward, terminated, 2 * obs]
     loss, q = script.critic_loss(FixedPolicy(), critics, targets, batch, None, 0.1, 0.9**5)
     y = torch.tensor([5 + 0.9**5 * (4.0 * 4 - 0.1 * 20), 5.0])  # Q' = 4 (2 + 2), the mean of 3 and 5
     expected = sum(((scale - y) ** 2).sum() / 3 / 2 for scale in (1.0, 2.0))
     torch.testing.assert_close(loss, expected)
     loss.backward()
-    assert q == 1.5 and targets[0].scale.grad is None
+    assert q == 1.5 * (1 + 1 + 2) / 3 and targets[0].scale.grad is None  # in the last chunk nothing was executed
     torch.testing.assert_close(critics[0].scale.grad, (1.0 - y).sum() / 3)
+
+
+def test_critics_see_the_policy_s_own_actions_after_a_termination():
+    """Not the next episode's first ones, which the buffer has there, nor those that play data goes on with."""
+    actor, obs, noise = make_actor(), torch.randn(3, 3).double(), torch.randn(5, 3, 4).double()
+    action = actor.bias + actor.scale * (1.8 * torch.rand(3, 4).double() - 0.9)
+    executed = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]).double()
+    terminated, seen = torch.tensor([1.0, 1.0, 0.0]).double(), []
+
+    class Recorder(nn.Module):
+        def forward(self, obs, action):
+            seen.append(action)
+            return action.sum(1)
+
+    def loss(action):
+        batch = [obs, action, executed, executed, torch.zeros(3).double(), terminated, obs + 1]
+        return script.critic_loss(actor, [Recorder(), Recorder()], [Recorder()], batch, noise, 0.1, 0.9)[0]
+
+    before = loss(action)
+    expected = torch.where(executed > 0, action, actor.rollout(obs, noise)[0])
+    torch.testing.assert_close(seen[-1], (expected - actor.bias) / actor.scale)
+    changed = action.clone()
+    changed[0, 2:] = 0.1
+    assert loss(changed) == before
+    changed[0, 1] = 0.1
+    assert loss(changed) != before
 
 
 def test_actor_loss_weighs_bc_where_the_data_is_its_own():
@@ -254,10 +283,14 @@ def test_gradients_are_those_of_the_losses_alone():
     """Each term written down and differentiated: every one of them has its part in what the optimizers get."""
     actor, obs = make_actor(sigma=0.3, learn_sigma=True), torch.randn(6, 3).double()
     critics, targets = (nn.ModuleList(script.Critic(3, 4, 8, 2).double() for _ in range(2)) for _ in range(2))
-    own, valid = ((torch.rand(shape) < 0.7).double() for shape in ((6, 4), 6))
-    reward, terminated, next_obs = torch.randn(6).double(), (torch.rand(6) < 0.5).double(), torch.randn(6, 3).double()
+    own = (torch.rand(6, 4) < 0.7).double()
+    executed = torch.tensor(
+        [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    ).double()
+    terminated, valid = torch.tensor([[0, 0, 0, 0, 1, 1], [1, 1, 1, 0, 1, 1]]).double()
+    reward, next_obs = torch.randn(6).double(), torch.randn(6, 3).double()
     data_action = actor.bias + actor.scale * (1.8 * torch.rand(6, 4).double() - 0.9)
-    batch = [obs, data_action, own, reward, terminated, valid, next_obs]
+    batch = [obs, data_action, own, executed, reward, terminated, next_obs]
     noise, x0, t = torch.randn(5, 6, 4).double(), torch.randn(6, 4).double(), torch.rand(6, 1).double()
 
     def gradient(term, network):
@@ -289,7 +322,8 @@ def test_gradients_are_those_of_the_losses_alone():
     next_action = of_bounds(next_action)
     next_q = (targets[0](next_obs, next_action) + targets[1](next_obs, next_action)) / 2
     y = (reward + 0.9 * (1 - terminated) * (next_q - 0.1 * next_log_prob)).detach()
-    errors = [0.5 * (valid * (critic(obs, of_bounds(data_action)) - y).square()).mean() for critic in critics]
+    seen = torch.where(executed > 0, of_bounds(data_action), action.detach())
+    errors = [0.5 * (valid * (critic(obs, seen) - y).square()).mean() for critic in critics]
     check(script.critic_loss, critics, (actor, critics, targets, batch, noise, 0.1, 0.9), *errors)
 
 

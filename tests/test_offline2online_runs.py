@@ -123,8 +123,9 @@ def test_ogbench_rows_are_those_of_its_own_reader(tmp_path):
     buffer = script.ReplayBuffer(80, 28, 5, torch.device("cpu"))
     buffer.fill(script.load_data(path, env, args))
     chunk = script.merge_chunks(*buffer.rows[None, 12:17].split(buffer.widths, dim=2), 1.0)
-    _, _, own, reward, terminated, valid, _ = chunk
-    assert (reward, terminated, valid) == (-3, 1, 1) and own.all()  # nothing is added after the success, all is cloned
+    _, _, own, executed, reward, terminated, _ = chunk
+    assert (reward, terminated) == (-3, 1) and own.all()  # nothing is added after the success, all is cloned
+    assert executed[0].tolist() == 20 * [1] + 5 * [0]
 
 
 def test_success_belongs_to_the_state_before_the_step():
