@@ -129,14 +129,14 @@ class Args:
     chunk: int = 5
     """h, actions that the policy chooses at once and executes one after the other; 1: no chunks"""
     buffer_size: int = 2_000_000
-    """transitions that the replay buffer holds at most, the data included; memory is taken for those a run can fill"""
+    """transitions that the replay buffer holds at most, the data included; only what the run can fill is allocated"""
     online_fraction: Optional[float] = None
     """share of each online batch that is drawn from online experience, the rest from the data; default: uniform"""
     normalize_observations: bool = False
     """standardise observations by the data's mean and deviation (a folder's: by those of its first file)"""
     rescale_actions: bool = False
-    """the data's actions are in a unit of their own: the smallest and largest of each become the policy's bounds, and
-    are played as the environment's where it has finite ones. Right only if the data reach both ends of every action"""
+    """for data whose actions are in another unit: each action's smallest and largest value become the policy's bounds,
+    stretched to the environment's if those are finite. Right only if the data reach both ends of every action"""
     rotate_every: int = 1_000
     """offline steps on each file of a --dataset folder; the last one used stays in the buffer for the online phase"""
     sparse: Optional[bool] = None
@@ -168,7 +168,7 @@ class Args:
     # On lift, can and square the paper goes down to 1 000 online. Lift with 100 demonstrations, three seeds, success
     # after the offline phase and 5 000 online steps: 0.82 and 0.79 with that, 0.82 and 0.93 with 10 000 throughout.
     online_beta: Optional[float] = None
-    """the same online, where a_data is what the batch holds, of the data or of the policy's own experience; default:
+    """the same online; a_data is then the batch's action, from the data or from the policy's own experience; default:
     --beta"""
     # Measured on lift with Euler's step, Flow-G, 2 500 updates offline and 5 000 steps online, three seeds, 50 episodes
     # each, success after the first and after both: learned sigma and alpha 0.82 and 0.79, sigma 0.1 and no entropy 0.55
@@ -181,7 +181,7 @@ class Args:
     """learning rate of the entropy coefficient"""
     target_entropy: Optional[float] = None
     """target of the path's entropy in nats, all dimensions and steps together; default: what --sigma gives before the
-    squash"""
+    squash, where the action's part counts for at most log 2 a dimension"""
 
     # Flow policy
     velocity: Literal["gated", "decoded", "plain"] = "gated"
@@ -382,7 +382,7 @@ class Actor(nn.Module):
             nn.init.constant_(self.sigma_net[-1].bias, math.atanh((self.log_sigma + 1.5) / 3.5))
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # The paper's target is 0, which so small a sigma could never meet.
+        # The paper's target, 0, would take far more noise than the paper's sigma: this one keeps it near `sigma`.
         self.target_entropy = self.largest_entropy(sigma)
 
     def velocity(self, t, a, obs):
@@ -650,6 +650,7 @@ class ReplayBuffer:
 
     def fill(self, data: torch.Tensor) -> None:
         """Start anew with rows of data."""
+        self.rows[len(data) : len(self)].zero_()  # what a resumed run has there, too
         self.refill(data, len(data))
         self.data_size.fill_(len(data))
 
@@ -710,8 +711,8 @@ def main() -> None:
             restore(checkpoint, learned, tensors, buffer, env)
     else:
         buffer.fill(data)
-        print(f"{len(data)} transitions of {files[0] if files else args.env_id}", file=sys.stderr)
         del data
+        describe_data(buffer, files[0] if files else args.env_id, args.chunk)
     if args.rescale_actions:
         env = rescaled(env, actor)
         eval_env = rescaled(eval_env, actor)
@@ -933,7 +934,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     if args.beta is None:
         args.beta = BETA.get("lift" if args.env_id.startswith("robosuite/") else task, 100)
     args.online_beta = args.beta if args.online_beta is None else args.online_beta
-    args.sparse = task.startswith(("scene", "puzzle-3x3")) if args.sparse is None else args.sparse
+    if args.sparse is None:
+        args.sparse = "-singletask" in args.env_id and task.startswith(("scene", "puzzle-3x3"))
 
     rules = [
         ("resume|evaluate|run_name", lambda name: name != "", "a name (a shell variable was empty?)"),
@@ -967,6 +969,10 @@ def parse_args() -> tuple[Args, Optional[dict]]:
             fail("--sparse is for OGBench: drop the flag")
     if args.collect and (args.dataset or benchmark_of(args.env_id) == "minari"):
         fail("--collect is for robosuite and OGBench without --dataset; benchmark/demonstrations makes other data")
+    if args.target_entropy is not None and not args.autotune:
+        fail("--target-entropy needs --autotune, which pursues it: drop one of the flags")
+    if args.online_fraction and not round(args.online_fraction * args.batch_size):
+        fail(f"--online-fraction {args.online_fraction} of --batch-size {args.batch_size} is no chunk: raise it")
     if args.learn_sigma and not math.exp(-5) < args.sigma < math.exp(2):
         fail(f"--sigma must be in (0.0068, 7.38), the range of a learned one, not {args.sigma}")
     if args.autotune and not (args.learn_sigma and args.alpha > 0):
@@ -985,7 +991,7 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     velocity = {
         "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
         "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
-        # It is cloned first, so that its start matters less; that of the other script has not been measured here.
+        # It is cloned first, so its start matters less; sac_flow_t.py's contractive one has not been measured here.
         "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers, contractive=False),
     }[args.velocity]
     return Actor(
@@ -1329,7 +1335,7 @@ def load_policy(path: str) -> Actor:
 
 
 def play(args: Args, policy: dict) -> None:
-    """Play a saved policy, with --capture-video as videos, and print what it returns."""
+    """Play a saved policy, with --capture-video as videos, and print its returns."""
     with explained(f"--evaluate {args.evaluate}: it was altered"):
         actor = build_policy(policy).to("cuda" if args.cuda else "cpu")
     env = make_env(args, "rgb_array" if args.capture_video else None)
@@ -1577,7 +1583,7 @@ class RobosuiteEnv(gym.Env):
         obs, reward, _, _ = self.env.step(action)
         self.t += 1
         success = reward > 0
-        return self._obs(obs), reward - 1.0, success, self.t >= self.horizon, {"success": success}
+        return self._obs(obs), float(success) - 1, success, self.t >= self.horizon, {"success": success}
 
     def render(self):
         return self.env.sim.render(height=256, width=256, camera_name="agentview")[::-1]
@@ -1601,9 +1607,10 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     kwargs = read_kwargs(args.env_kwargs)
     if package == "robosuite" and not (args.resume or args.evaluate):
         kwargs = robomimic_kwargs(str(find_dataset(args)[0]), args.env_id) | kwargs
+        if kwargs.get("reward_shaping"):
+            fail("--env-kwargs: no shaped reward says success: drop reward_shaping")
         args.env_kwargs = json.dumps(kwargs)  # kept with the run, which can then do without the file
     kwargs |= {"render_mode": render_mode} if render_mode else {}
-    endless = False
     with explained(f"--env-id {args.env_id}"):
         if package == "robosuite":
             env = RobosuiteEnv(args.env_id, obs_keys=args.obs_keys or OBS_KEYS, **kwargs)
@@ -1617,9 +1624,9 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
             env = minari_dataset(args).recover_environment(**kwargs)
         else:
             env = gym.make(args.env_id, **kwargs)
-            endless = env.spec.max_episode_steps is None
-            if endless:  # an endless episode would put off checkpoints, too
-                env = gym.wrappers.TimeLimit(env, 10_000)
+        endless = package != "robosuite" and env.spec.max_episode_steps is None
+        if endless:  # an endless episode would put off checkpoints, too
+            env = gym.wrappers.TimeLimit(env, 10_000)
         env = gym.wrappers.RecordEpisodeStatistics(env)
         if isinstance(env.observation_space, gym.spaces.Dict):
             env = gym.wrappers.FlattenObservation(env)  # outermost, where `data_space` finds it
@@ -1730,6 +1737,8 @@ def minari_dataset(args: Args):
         where = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
         make = f"python benchmark/demonstrations/collect.py --env-id {args.env_id} --policy runs/<name>"
         what = f"no such task, nor Minari data set in {where} ({first_line(error)})"
+        if args.resume or args.evaluate:
+            fail(f"{args.resume or args.evaluate} plays in the environment of its data, {args.env_id}: {what}")
         fail(f"--env-id {args.env_id}: {what}; make one: {make}; or name your own by --dataset FILE.npz or FILE.hdf5")
 
 
@@ -1749,8 +1758,8 @@ def read_robomimic(path: str, keys: tuple[str, ...]) -> dict:
         for name in sorted(file["data"], key=lambda name: int(name.removeprefix("demo_"))):  # demo_10 after demo_9
             demo = file["data"][name]
             obs, next_obs = (np.concatenate([demo[kind][k][:] for k in keys], 1) for kind in ("obs", "next_obs"))
-            reward = demo["rewards"][:]
-            arrays = dict(obs=obs, action=demo["actions"][:], reward=reward - 1, next_obs=next_obs)
+            reward = demo["rewards"][:]  # above 0 at success
+            arrays = dict(obs=obs, action=demo["actions"][:], reward=np.sign(reward) - 1, next_obs=next_obs)
             arrays["terminated"] = reward > 0  # `dones` is also 1 at a demonstration's end, which is no termination
             episodes.append(arrays)
     return joined(episodes)
@@ -1763,6 +1772,8 @@ def read_ogbench(path: str, env: gym.Env, args: Args) -> dict:
     with np.load(path) as file:
         if not file["terminals"].any():
             return {}  # the reader below would take the end of the file for one
+        if not np.isfinite(file["qpos"]).all():
+            raise ValueError("qpos has NaN or infinite values")
     data = ogbench.utils.load_dataset(str(path), add_info=True)
     ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
     reward = -(data["rewards"] != 0).astype(np.float32) if args.sparse else data["rewards"]
@@ -1793,8 +1804,13 @@ def flattened(space: gym.Space, obs) -> np.ndarray:
     """Observations (N, .), those of a dict space, dicts of arrays, each as FlattenObservation does it."""
     if not isinstance(space, gym.spaces.Dict):
         return obs
-    rows = gym.vector.utils.iterate(gym.vector.utils.batch_space(space), obs)
-    return np.stack([gym.spaces.flatten(space, row) for row in rows])
+    parts = []
+    for key, part in space.items():
+        values = flattened(part, obs[key])
+        if not isinstance(part, (gym.spaces.Dict, gym.spaces.Box)):
+            values = np.stack([gym.spaces.flatten(part, value) for value in values])
+        parts.append(np.reshape(values, (len(values), math.prod(np.shape(values)[1:]))))
+    return np.concatenate(parts, axis=1)
 
 
 def read_d4rl(path: str, space: gym.Space) -> dict:
@@ -1805,17 +1821,17 @@ def read_d4rl(path: str, space: gym.Space) -> dict:
         import h5py
 
         opened = h5py.File(path)
-
-    def read(name: str, space: Optional[gym.Space] = None):
-        if isinstance(space, gym.spaces.Dict):
-            return {key: read(f"{name}/{key}", part) for key, part in space.items()}
-        return file[name][:]
-
     with opened as file:
+
+        def read(name: str, space: Optional[gym.Space] = None):
+            if isinstance(space, gym.spaces.Dict):
+                return {key: read(f"{name}/{key}", part) for key, part in space.items()}
+            return file[name][:]
+
         arrays = {name: read(name) for name in ("actions", "rewards", "terminals", "timeouts")}
-        for name in ("observations", "next_observations"):
-            if name == "observations" or any(found.startswith(name) for found in file):
-                arrays[name] = flattened(space, read(name, space))
+        arrays["observations"] = flattened(space, read("observations", space))
+        if any(name.split("/")[0] == "next_observations" for name in file):
+            arrays["next_observations"] = flattened(space, read("next_observations", space))
     return arrays
 
 
@@ -1851,7 +1867,9 @@ def from_d4rl(arrays: dict) -> dict:
     lengths = {name: len(values) for name, values in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"its arrays differ in length: {lengths}")
-    terminated, timeout = (arrays[name].reshape(-1) for name in ("terminals", "timeouts"))
+    if not lengths["actions"]:
+        raise ValueError("it holds no step")
+    terminated, timeout = (np.asarray(arrays[name], np.float64).reshape(-1) for name in ("terminals", "timeouts"))
     if np.isnan([terminated.sum(), timeout.sum()]).any():
         raise ValueError("its terminals or timeouts have NaN")
     terminated = terminated > 0
@@ -1935,9 +1953,30 @@ def read_data(files: list[str], env: gym.Env, args: Args) -> tuple[torch.Tensor,
     return data, about_data
 
 
+def describe_data(buffer: ReplayBuffer, name: str, chunk: int) -> None:
+    """Say in a line what the data are, and note what may be a mistake in how they mark the ends of episodes."""
+    terminated, last = (buffer.rows[: len(buffer), buffer.last - 1 : buffer.last + 1] > 0).T.cpu().numpy()
+    ends = np.flatnonzero(last)
+    lengths = np.diff(ends, prepend=-1)
+    index = np.arange(len(last))
+    left = ends[np.searchsorted(ends, index)] - index + 1  # rows to the end of the episode
+    successes = np.flatnonzero(terminated)
+    until = np.append(successes, 2 * len(last))[np.searchsorted(successes, index)] - index  # rows to a termination
+    share = np.mean((left >= chunk) | (until < left))
+    ending = len(set(np.searchsorted(ends, successes)))
+    steps = f"{lengths.min()} to {lengths.max()} steps, {ending} of which terminate"
+    count = f"{len(last)} transitions of {name} in {len(ends)} episodes of {steps}"
+    print(f"{count}; the critics learn from {share:.0%} of the chunks", file=sys.stderr)
+    if len(ends) == 1:
+        note(f"{name} is one episode: are its terminals and timeouts right?")
+    if share < 0.5:
+        note(f"most chunks of {chunk} steps run over the end of an episode: lower --chunk")
+
+
 def succeeded(info: dict) -> float:
     """1 or 0, or NaN if the task does not say; gymnasium-robotics has a name of its own for it."""
-    return float(info.get("success", info.get("is_success", math.nan)))
+    success = info.get("success", info.get("is_success"))
+    return math.nan if success is None else float(success)
 
 
 def to_obs(obs) -> np.ndarray:

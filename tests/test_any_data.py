@@ -6,7 +6,9 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -174,8 +176,45 @@ def test_own_files_that_do_not_fit(refused, tmp_path):
     flags[1] = "goal_envs:Narrow-v0"
     refuse({"actions": np.full((n, 2), 1.4e-3)}, "actions leave the bounds")
     flags[1] = REACH
+    refuse({"terminals": np.full(n, "no")}, "of another format", "no")
+    refuse({name: values[:0] for name, values in arrays.items()}, "holds no step")
     path.write_bytes(b"nothing")
     refused(flags, str(path), "truncated, corrupted or of another format")
+
+
+def test_data_are_described_and_what_looks_wrong_is_noted(capsys):
+    """Episodes of 3 (terminated), 5 (it terminates in its second step and goes on) and 2 steps; chunks of 3.
+
+    Critics learn from the chunks that begin at 0, 1, 2 (before a termination), 3, 4 (a termination), and 5 (whole).
+    """
+    terminated, last = torch.zeros(2, 10)
+    terminated[[2, 4]] = 1
+    last[[2, 7, 9]] = 1
+    zeros = torch.zeros(10, 1)
+    rows = torch.cat([zeros, zeros, zeros, terminated[:, None], last[:, None], zeros], dim=1)
+    buffer = script.ReplayBuffer(20, 1, 1, torch.device("cpu"))
+    buffer.fill(rows)
+    script.describe_data(buffer, "some.npz", 3)
+    said = "10 transitions of some.npz in 3 episodes of 2 to 5 steps, 2 of which terminate"
+    assert capsys.readouterr().err == f"{said}; the critics learn from 60% of the chunks\n"
+    script.describe_data(buffer, "some.npz", 6)
+    assert "50% of the chunks" in capsys.readouterr().err
+    buffer.rows[4, buffer.last - 1] = 0
+    script.describe_data(buffer, "some.npz", 6)
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "note: most chunks of 6 steps run over the end of an episode: lower --chunk"
+    ]
+    buffer.rows[:9, buffer.last] = 0
+    script.describe_data(buffer, "some.npz", 2)
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "note: some.npz is one episode: are its terminals and timeouts right?"
+    ]
+
+
+def test_success_as_environments_say_it():
+    said = [{"success": True}, {"is_success": np.float32(0)}, {"success": False, "is_success": True}]
+    assert [script.succeeded(info) for info in said] == [1, 0, 0]
+    assert math.isnan(script.succeeded({})) and math.isnan(script.succeeded({"success": None}))
 
 
 def test_own_environments_that_do_not_fit(refused, reach):
@@ -230,9 +269,13 @@ def test_a_run_of_robosuite_resumes_with_the_flags_that_started_it(monkeypatch, 
             assert "--env-kwargs" in capsys.readouterr().err
 
 
-def test_an_environment_without_an_end_gets_one():
+def test_an_environment_without_an_end_gets_one(monkeypatch):
     args = script.Args("goal_envs:Timeless-v0", dataset="own.npz")
     assert script.make_env(args).get_wrapper_attr("_max_episode_steps") == 10_000
+    dataset = SimpleNamespace(recover_environment=partial(gym.make, args.env_id))
+    monkeypatch.setattr(script, "minari_dataset", lambda args: dataset)
+    monkeypatch.setattr(script, "benchmark_of", lambda *names: "minari")
+    assert script.make_env(script.Args("mine/timeless-v0")).get_wrapper_attr("_max_episode_steps") == 10_000
 
 
 # --- dict observations ---
@@ -601,6 +644,8 @@ def test_robomimic_files_that_do_not_fit(refused, tmp_path):
     refuse("of Stack, not of --env-id lift", env_name="Stack")
     refuse("shaped rewards", reward_shaping=True)
     robomimic_file(path)
+    shaped = ["--env-kwargs", '{"reward_shaping": true}']
+    refused([*flags, *KEYS, *shaped], "--env-kwargs", "no shaped reward says success")
     refused([*flags, "object", "camera"], "--obs-keys", "camera", "robot0_joint_pos")
     path.write_bytes(path.read_bytes()[:500])
     refused([*flags, *KEYS], str(path), "truncated, corrupted or of another format")

@@ -87,15 +87,17 @@ def test_robomimic_rows(tmp_path):
         np.testing.assert_array_equal(next_obs[15:20], expected.astype(np.float32))
 
 
-def write_ogbench(path: Path, episodes=2, rows=41) -> None:
+def write_ogbench(path: Path, episodes=2, rows=41, obs_dim=28, qpos_dim=21) -> None:
     """A cube-single play file: the cube is at its goal of task 1 in some rows of the middle."""
     generator, n = np.random.default_rng(0), episodes * rows
     goal = cube_env().unwrapped._data.mocap_pos[0]
-    qpos = generator.normal(size=(n, 21)).astype(np.float32)
+    qpos = generator.normal(size=(n, qpos_dim)).astype(np.float32)
     qpos[15:19, 14:17] = goal + 0.01
     terminals = np.arange(n) % rows == rows - 1
     actions = generator.uniform(-1, 1, (n, 5)).astype(np.float32)
-    arrays = dict(observations=generator.normal(size=(n, 28)).astype(np.float32), actions=actions, terminals=terminals)
+    arrays = dict(
+        observations=generator.normal(size=(n, obs_dim)).astype(np.float32), actions=actions, terminals=terminals
+    )
     np.savez_compressed(path, **arrays, qpos=qpos, qvel=np.zeros((n, 20), np.float32))
 
 
@@ -126,6 +128,18 @@ def test_ogbench_rows_are_those_of_its_own_reader(tmp_path):
     _, _, own, executed, reward, terminated, _ = chunk
     assert (reward, terminated) == (-3, 1) and own.all()  # nothing is added after the success, all is cloned
     assert executed[0].tolist() == 20 * [1] + 5 * [0]
+
+
+def test_sparse_rewards_count_no_cubes(tmp_path):
+    """Two cubes out of place are -2, or with --sparse -1, in the data as in the environment."""
+    task = "cube-double-play-singletask-task2-v0"
+    write_ogbench(tmp_path / "cubes.npz", obs_dim=37, qpos_dim=28)
+    for sparse, reward in ((False, -2), (True, -1)):
+        args = script.Args(env_id=task, sparse=sparse, dataset=str(tmp_path / "cubes.npz"))
+        env = script.make_env(args)
+        assert (columns(script.load_data(args.dataset, env, args), 37, 5)[2] == reward).all()
+        env.reset(seed=0)
+        assert env.step(np.zeros(5))[1] == reward
 
 
 def test_success_belongs_to_the_state_before_the_step():
@@ -283,13 +297,13 @@ def test_evaluation_leaves_training_as_it_was(run, tmp_path):
 
 
 def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
-    """60 rows for ten steps, 80 for ten, 60 again; resumed from the second file, it goes on the same."""
+    """60 rows for ten steps, 80 for ten, 60 again; resumed from either file, it goes on the same."""
     (tmp_path / "shards").mkdir()
     for i, rows in enumerate((31, 41)):
         write_ogbench(tmp_path / "shards" / f"cube-{i}.npz", 2, rows)
     write_ogbench(tmp_path / "shards" / "cube-0-val.npz")
     flags = ["--env-id", CUBE, "--dataset", "shards", "--rotate-every", 10, "--eval-episodes", 1, *SMALL]
-    flags += ["--offline-steps", 25, "--online-steps", 0, "--save-every", 15]
+    flags += ["--offline-steps", 25, "--online-steps", 0, "--save-every", 7]
     saved, write = {}, script.write
 
     def save(path, state):
@@ -303,11 +317,13 @@ def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "write", save)
     monkeypatch.setattr("sys.argv", ["x", *map(str, flags)])
     script.main()
-    assert saved == {15: 80, 25: 60}
+    assert saved == {7: 60, 14: 80, 21: 60, 25: 60}
     whole = checkpoint(tmp_path / "at-25")
-    monkeypatch.setattr("sys.argv", ["x", "--resume", str(tmp_path / "at-15")])
-    script.main()
-    assert_same(checkpoint(tmp_path / "at-15"), whole | {"args": checkpoint(tmp_path / "at-15")["args"]})
+    for step in (14, 21):  # at 21 the rows behind the 60 are those of the larger file, which a resumed run lacks
+        monkeypatch.setattr("sys.argv", ["x", "--resume", str(tmp_path / f"at-{step}")])
+        script.main()
+        again = checkpoint(tmp_path / f"at-{step}")
+        assert_same(again, whole | {"args": again["args"]})
 
 
 @needs_robosuite
@@ -449,8 +465,9 @@ def test_damaged_files(refused, tmp_path):
     with np.load(tmp_path / "b.npz") as whole:
         for name, terminals in (("d", np.zeros(82)), ("e", np.arange(82) == 40)):  # no end; none of the last episode
             np.savez(tmp_path / f"{name}.npz", **{**whole, "terminals": terminals})
+        np.savez(tmp_path / "f.npz", **{**whole, "qpos": np.full((82, 21), np.nan)})
     cases = [("a.hdf5", "lift", Spaces(19, 7))] if robosuite_installed else []
-    for name, env_id, env in [*cases, *((f"{name}.npz", CUBE, cube_env()) for name in "bcde")]:
+    for name, env_id, env in [*cases, *((f"{name}.npz", CUBE, cube_env()) for name in "bcdef")]:
         path, args = tmp_path / name, script.Args(env_id=env_id, sparse=False)
         whole = path.read_bytes()
         for damaged in [whole[: len(whole) // 2], b""] if name in ("a.hdf5", "b.npz") else [whole]:
@@ -484,6 +501,8 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse([*data, "--collect", 5], "--collect", "--dataset")
     refuse(["--env-id", CUBE.replace("task1", "task9"), "--collect", 5], "task9")
     refuse([*data, "--capture-video"], "--capture-video", "--evaluate")
+    refuse([*data, "--no-autotune", "--target-entropy", 0], "--target-entropy needs --autotune")
+    refuse([*data, "--online-fraction", 0.001], "--online-fraction 0.001", "is no chunk")
     refuse([*data, "--target-entropy", 100], "--target-entropy must be at most")
     refuse(["--evaluate", tmp_path / "nothing"], "there is no", "nothing")
     assert not (tmp_path / "runs").exists()
@@ -501,6 +520,7 @@ def test_missing_package_names_the_remedy(refused, monkeypatch):
 def test_defaults_by_task(monkeypatch):
     expected = {"lift": (10_000, 10_000, False), "cube-double-play-singletask-task2-v0": (300, 300, False)}
     expected |= {"cube-triple-play-singletask-v0": (100, 100, False), "scene-play-singletask-v0": (100, 100, True)}
+    expected |= {"scene-of-my-own/play-v0": (100, 100, False)}
     for env_id, defaults in expected.items():
         monkeypatch.setattr("sys.argv", ["x", "--env-id", env_id, "--no-cuda"])
         args, _ = script.parse_args()
