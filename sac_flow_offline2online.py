@@ -1758,7 +1758,7 @@ def read_robomimic(path: str, keys: tuple[str, ...]) -> dict:
         for name in sorted(file["data"], key=lambda name: int(name.removeprefix("demo_"))):  # demo_10 after demo_9
             demo = file["data"][name]
             obs, next_obs = (np.concatenate([demo[kind][k][:] for k in keys], 1) for kind in ("obs", "next_obs"))
-            reward = demo["rewards"][:]  # above 0 at success
+            reward = demo["rewards"][:].astype(np.float32)  # above 0 at success
             arrays = dict(obs=obs, action=demo["actions"][:], reward=np.sign(reward) - 1, next_obs=next_obs)
             arrays["terminated"] = reward > 0  # `dones` is also 1 at a demonstration's end, which is no termination
             episodes.append(arrays)
