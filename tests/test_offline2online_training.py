@@ -154,7 +154,8 @@ def test_updates_are_given_what_the_flags_and_the_data_say(calls):
 def test_rewards_of_a_chunk_are_discounted_up_to_its_episodes_end(calls):
     """Step t of an episode of 5 steps (even), which then terminates, or of 7 (odd) has the reward t + 1."""
     for i, call in enumerate(calls["critic_loss"]):
-        obs, _, own, reward, terminated, *_ = call["batch"]
+        obs, _, own, executed, reward, terminated, *_ = call["batch"]
+        assert torch.equal(executed, own)  # a termination is an episode's end here
         t, steps = obs[:, 1], own.sum(1) / 2
         even = obs[:, 0] % 2 == 0
         left = torch.where(even, 5, 7) - t
