@@ -244,8 +244,9 @@ class Actor(nn.Module):
         self.register_buffer("bias", (high + low) / 2)
         # Last step: SAC's customary target, -1 for each dimension of actions in [-1, 1], asks for a sigma of 0.36 at
         # K = 4. For more steps it is lowered to what the same sigma gives: the last deviation is about sigma / K. At -1
-        # it would ask for 1.5 at K = 16, and nothing meets it from K = 69 on. Flow-G on Walker2d-v4, K = 16, after
-        # 30 000 steps: 1 616 and 675 with it lowered, |dL/dA_0| 1.3 % of |dL/dA_K|; 1 434 and 590 at -1, 0.07 %.
+        # it would ask for 1.5 at K = 16, and nothing meets it from K = 69 on. Returns after 30 000 steps with K = 16,
+        # lowered / at -1, Walker2d-v4 Flow-G 1 616 / 1 434 and 675 / 590, Flow-T 706 / 1 822 and 690 / 620; Ant-v4
+        # Flow-G 332 / 387, Flow-T 590 / 464: no clear gain, but |dL/dA_0| is 4 to 20 times as large.
         # Path: the paper's target, 0 whatever K is, asks for a sigma of 0.46 at K = 4, but of 1.4 at K = 16. With that
         # target and K = 16 Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with the entropy of
         # sigma 0.46, the default (frozen averages, two seeds). With Euler's step sigma 0.46 has a path entropy of 1.2
