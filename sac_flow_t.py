@@ -137,7 +137,7 @@ class Args:
     tau: float = 0.005
     """with --no-crossq: step of the target networks' moving average"""
     # CrossQ's. The switch costs on Humanoid-v4: continued from step 100 000 to 105 000, one seed each, Flow-G returned
-    # 1 124 with it and 1 539 without, the Gaussian 1 920 and 5 232; on HalfCheetah-v4 8 335 and 8 215 (Flow-G).
+    # 1 124 with it and 1 539 without, the Gaussian 1 920 and 5 232; on HalfCheetah-v4 8 334 and 8 215 (Flow-G).
     renorm_warmup: int = 100_000
     """training batches for which a BatchRenorm is plain batch normalisation (the actor's sees one per actor update)"""
 
