@@ -136,8 +136,8 @@ class Args:
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
     """with --no-crossq: step of the target networks' moving average"""
-    # CrossQ's. The switch costs on Humanoid-v4: continued from step 100 000 to 105 000, one seed each, Flow-G returned
-    # 1 124 with it and 1 539 without, the Gaussian 1 920 and 5 232; on HalfCheetah-v4 8 334 and 8 215 (Flow-G).
+    # CrossQ's. What follows breaks Humanoid-v4: continued from step 100 000 the Gaussian returned 1 124 to 3 017 with
+    # the critics switched and 3 632 to 5 367 without, one seed; HalfCheetah-v4 does not mind (Flow-G, one seed).
     renorm_warmup: int = 100_000
     """training batches for which a BatchRenorm is plain batch normalisation (the actor's sees one per actor update)"""
 

@@ -211,6 +211,15 @@ def test_data_are_described_and_what_looks_wrong_is_noted(capsys):
     ]
 
 
+def test_help_has_each_heading_once(main, capsys):
+    """Above its first flag, and not above --velocity-dim, whose name begins as that of --velocity does."""
+    with pytest.raises(SystemExit):
+        main("--help")
+    text = capsys.readouterr().out
+    for heading, first in (("What to run", "env-id"), ("Flow policy", "velocity {")):
+        assert text.count(f" {heading}\n") == text.count(f" {heading}\n  --{first}") == 1
+
+
 def test_success_as_environments_say_it():
     said = [{"success": True}, {"is_success": np.float32(0)}, {"success": False, "is_success": True}]
     assert [script.succeeded(info) for info in said] == [1, 0, 0]
