@@ -506,7 +506,7 @@ def with_gradients(loss_function, network):
 def apply_gradients(optimizer, gradients) -> None:
     """One step of `optimizer`, given the gradient of each of its parameters, in their order."""
     for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
-        parameter.grad = gradient
+        parameter.grad = gradient.contiguous()  # compiled code may pad rows; the fused Adam steps in memory order
     optimizer.step()
 
 

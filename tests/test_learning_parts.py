@@ -217,6 +217,17 @@ def a_small_update(script, device):
     return update, critic, losses
 
 
+def test_gradients_with_padded_rows(script):
+    """As compiled products give them on a GPU, where the fused Adam refuses them; on the CPU it misreads them."""
+    gradient = torch.randn(8, 12)[:, :11]
+    weights = []
+    for layout in (gradient, gradient.clone(memory_format=torch.contiguous_format)):
+        weight = nn.Parameter(torch.zeros(8, 11))
+        script.apply_gradients(torch.optim.Adam([weight], fused=True), [layout])
+        weights.append(weight)
+    assert torch.equal(*weights)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graph_is_the_plain_update(script):
     """Eight updates, plain and as a graph, from one seed; and the generator is left at the same place."""
