@@ -6,11 +6,13 @@ import os
 import runpy
 import subprocess
 import sys
+from ctypes.util import find_library
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
-os.environ.setdefault("MUJOCO_GL", "egl")
+if find_library("EGL"):
+    os.environ.setdefault("MUJOCO_GL", "egl")  # without it mujoco would not even import
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ pytest.register_assert_rewrite("helpers")
 from helpers import FLOWS, FOLDERS, ROOT, SCRIPTS, command  # noqa: E402
 
 sys.path[:0] = [*map(str, FOLDERS), str(ROOT / "tests")]
+# For the scripts that tests start: tiny_envs is found, and what was found before still is.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -54,7 +58,8 @@ def as_main(arguments: list[str], folder: Path, environ: dict, streams: list[Pat
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.argv[:] = arguments
     own = {*map(str, FOLDERS), str(ROOT / "tests")}
-    sys.path[:] = [str(Path(arguments[0]).parent), environ["PYTHONPATH"], *(p for p in sys.path if p not in own)]
+    added = [str(Path(arguments[0]).parent), *environ["PYTHONPATH"].split(os.pathsep)]
+    sys.path[:] = [*added, *(path for path in sys.path if path not in own)]
     runpy.run_path(arguments[0], run_name="__main__")
 
 
@@ -67,7 +72,7 @@ def start(tmp_path, tmp_path_factory):
 
     def start(*flags: str, name: str, env=None, **kwargs) -> subprocess.CompletedProcess:
         arguments = command(name, *flags)
-        environ = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **(env or {})}
+        environ = {**os.environ, **(env or {})}
         for display in ("DISPLAY", "WAYLAND_DISPLAY"):
             environ.pop(display, None)
         if env or kwargs:

@@ -453,10 +453,7 @@ def test_stopped_run_saves_at_the_end_of_the_episode(run, name, tmp_path, number
 def test_second_signal_stops_at_once(tmp_path):
     """Within an episode of 10 000 steps, which no environment with that name ends."""
     flags = ["--env-id", "tiny_envs:Endless-v0", "--total-timesteps", 200_000, "--learning-starts", 100_000, *SMALL]
-    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen(
-        command("sac_flow_g", *flags), cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command("sac_flow_g", *flags), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "runs").glob("*/returns.csv")):
         assert process.poll() is None
         time.sleep(0.05)
@@ -738,7 +735,8 @@ def test_missing_packages_are_named(run, tmp_path):
     for flag, package in (("--track", "wandb"), ("--capture-video", "moviepy")):
         (tmp_path / "hidden").mkdir(exist_ok=True)
         (tmp_path / "hidden" / f"{package}.py").write_text("raise ImportError")
-        assert_refused(run(flag, env={"PYTHONPATH": str(tmp_path / "hidden")}), package, "benchmark/requirements.txt")
+        path = os.pathsep.join([str(tmp_path / "hidden"), os.environ["PYTHONPATH"]])
+        assert_refused(run(flag, env={"PYTHONPATH": path}), package, "benchmark/requirements.txt")
 
 
 def test_bad_checkpoints(run, name, tmp_path):
@@ -862,12 +860,11 @@ def test_interrupted_evaluation_says_so(tmp_path, start):
     """No traceback; a run has a way of its own, above."""
     flags = ["--env-id", "tiny_envs:Endless-v0", "--max-episode-steps", 10, "--learning-starts", 20, *SMALL]
     assert start(*flags, "--total-timesteps", 30, "--eval-every", 0, name="sac_flow_g").returncode == 0
-    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     flags = command("sac_flow_g", "--evaluate", the_run(tmp_path), "--eval-episodes", 100_000)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell makes its background jobs deaf to it
     for _ in range(3):
-        process = subprocess.Popen(flags, cwd=tmp_path, env=environ, preexec_fn=heard, **pipes)
+        process = subprocess.Popen(flags, cwd=tmp_path, preexec_fn=heard, **pipes)
         assert "at step 30, 100000 episodes" in process.stdout.readline()
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)

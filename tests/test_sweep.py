@@ -18,7 +18,7 @@ from helpers import ROOT, SMALL, assert_same, checkpoint, command
 
 ENV = "InvertedPendulum-v4"
 FLAGS = [*SMALL, "--learning-starts", "100", "--total-timesteps", "400", "--save-every", "50", "--eval-every", "0"]
-ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "7"}
+ENVIRON = {**os.environ, "OMP_NUM_THREADS": "7"}
 
 
 @pytest.fixture
