@@ -121,7 +121,7 @@ class Args:
     run_name: Optional[str] = None
     """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
-    """folder of a run to continue, bit for bit, from its checkpoint"""
+    """folder of a run to continue, bit for bit (on a GPU if its compiled code is still cached)"""
     evaluate: Optional[str] = None
     """folder of a run whose policy.pt is played instead of training, or a policy file"""
 
@@ -639,8 +639,11 @@ class ReplayBuffer:
         return merge_chunks(*self.rows[index].split(self.widths, dim=2), gamma)
 
     def filled(self) -> torch.Tensor:
-        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
-        return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
+        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to.
+
+        On the CPU, since copies that grow would stay in the memory that a GPU's allocator reserves.
+        """
+        return self.rows.cpu() if len(self) == len(self.rows) else self.rows[: len(self)].to("cpu", copy=True)
 
     def refill(self, rows: torch.Tensor, added: int) -> None:
         """Put back what `filled` returned, after `added` transitions."""

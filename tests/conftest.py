@@ -73,6 +73,8 @@ def start(tmp_path, tmp_path_factory):
     def start(*flags: str, name: str, env=None, **kwargs) -> subprocess.CompletedProcess:
         arguments = command(name, *flags)
         environ = {**os.environ, **(env or {})}
+        if "--no-cuda" in flags and "--cuda" not in flags:
+            environ["CUDA_VISIBLE_DEVICES"] = ""  # else Adam and the compiler open the GPU all the same
         for display in ("DISPLAY", "WAYLAND_DISPLAY"):
             environ.pop(display, None)
         if env or kwargs:

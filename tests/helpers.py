@@ -14,6 +14,7 @@ SCRIPTS = ["sac_flow_g", "sac_flow_t"]
 FLOWS = [*SCRIPTS, "sac_flow_naive"]
 SIZES = "--critic-dim 16 --sigma-dim 16 --encoder-dim 16 --velocity-dim 16 --batch-size 16".split()
 SMALL = [*SIZES, "--no-compile", "--no-cuda"]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def path_of(name: str) -> Path:
@@ -35,7 +36,7 @@ def the_run(folder: Path) -> Path:
 
 def checkpoint(run: Path) -> dict:
     """A run's checkpoint and, beside its other entries, the run's progress, without what says how long things took."""
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     progress = state.pop("progress")
     del progress["seconds"]
     progress["rows"] = {name: [row[:-1] for row in rows] for name, rows in progress["rows"].items()}

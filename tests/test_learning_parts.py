@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import FixedPolicy, Table
+from helpers import FixedPolicy, Table, needs_cuda
 from torch import nn
 
 
@@ -228,7 +228,7 @@ def test_gradients_with_padded_rows(script):
     assert torch.equal(*weights)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_cuda
 def test_cuda_graph_is_the_plain_update(script):
     """Eight updates, plain and as a graph, from one seed; and the generator is left at the same place."""
     results = []
@@ -256,14 +256,15 @@ def test_buffer_draws_from_what_is_filled(script):
     assert set(other.sample(200)[0].flatten().tolist()) == {0, 1, 2}
 
 
-def test_matmul_precision_does_not_round(script):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_matmul_precision_does_not_round(script, device):
     """The products are float32, whichever library computes them; and no random number is drawn."""
     before = torch.get_float32_matmul_precision()
     try:
         state = torch.get_rng_state()
-        torch.set_float32_matmul_precision(script.matmul_precision(torch.device("cpu")))
+        torch.set_float32_matmul_precision(script.matmul_precision(torch.device(device)))
         assert torch.equal(torch.get_rng_state(), state)
-        x, y = torch.rand(2, 256, 256)
+        x, y = torch.rand(2, 256, 256, device=device)
         torch.testing.assert_close(x @ y, (x.double() @ y.double()).float(), rtol=5e-6, atol=0)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -90,7 +90,7 @@ class Args:
     run_name: Optional[str] = None
     """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
-    """folder of a run to continue, bit for bit, from its checkpoint"""
+    """folder of a run to continue, bit for bit (on a GPU if its compiled code is still cached)"""
     evaluate: Optional[str] = None
     """folder of a run, to play its policy.pt instead of training, or a policy file such as runs/<name>/policy_best.pt;
     episodes start as in the run's own evaluations, unless another --seed is given"""
@@ -520,8 +520,11 @@ class ReplayBuffer:
         return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
 
     def filled(self) -> torch.Tensor:
-        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to."""
-        return self.rows if len(self) == len(self.rows) else self.rows[: len(self)].clone()
+        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to.
+
+        On the CPU, since copies that grow would stay in the memory that a GPU's allocator reserves.
+        """
+        return self.rows.cpu() if len(self) == len(self.rows) else self.rows[: len(self)].to("cpu", copy=True)
 
     def refill(self, rows: torch.Tensor, added: int) -> None:
         """Put back what `filled` returned, after `added` transitions."""
