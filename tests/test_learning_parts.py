@@ -254,6 +254,8 @@ def test_buffer_draws_from_what_is_filled(script):
     other = script.ReplayBuffer(50, 1, 1, torch.device("cpu"))
     other.refill(buffer.filled(), buffer.added)
     assert set(other.sample(200)[0].flatten().tolist()) == {0, 1, 2}
+    rows = buffer.filled()
+    assert rows.untyped_storage().nbytes() == 4 * rows.numel()  # a view's whole buffer would be saved
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])

@@ -16,9 +16,8 @@ def test_every_policy_is_listed():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["file"])
 def test_policy_returns_what_it_is_said_to(start, row):
-    """The bound leaves room for other versions of MuJoCo and other processors, and for episodes that end by chance."""
-    episodes = 5 if row["env_id"] == "Humanoid-v4" else 1  # there most last, some end in a fall
-    done = start("--evaluate", FOLDER / row["file"], "--eval-episodes", episodes, "--no-cuda", name=row["script"])
+    """One deterministic episode; the bound leaves room for other versions of MuJoCo and other processors."""
+    done = start("--evaluate", FOLDER / row["file"], "--eval-episodes", 1, "--no-cuda", name=row["script"])
     assert done.returncode == 0, done.stderr
     returned = float(re.search(r"^deterministic: return (\S+)", done.stdout, re.M)[1])
-    assert returned > 0.8 * float(row["return"]) - 3 * float(row["return_error"])
+    assert returned > 0.8 * float(row["return"])
