@@ -175,7 +175,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):
         phase = t * self.frequencies
-        return self.linear(torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1))
+        waves = torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1)
+        return self.linear(waves)
 
 
 class Velocity(nn.Module):
@@ -222,7 +223,8 @@ class Actor(nn.Module):
         **velocity,
     ):  # fmt: skip
         super().__init__()
-        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
+        low = torch.as_tensor(action_low, dtype=torch.float32)
+        high = torch.as_tensor(action_high, dtype=torch.float32)
         if not (low.isfinite() & high.isfinite() & (low < high)).all():
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
@@ -235,7 +237,9 @@ class Actor(nn.Module):
         if entropy not in ("last-step", "path"):
             raise ValueError(f"entropy must be last-step or path, not {entropy}")
         self.norm = renorm(obs_dim)
-        self.encoder = nn.Sequential(nn.Linear(obs_dim, encoder_dim), nn.ReLU()) if encoder_dim else nn.Identity()
+        self.encoder = nn.Identity()
+        if encoder_dim:
+            self.encoder = nn.Sequential(nn.Linear(obs_dim, encoder_dim), nn.ReLU())
         self.velocity_net = Velocity(encoder_dim or obs_dim, self.action_dim, **velocity)
         self.sigma_net = nn.Sequential(
             nn.Linear(obs_dim, sigma_dim), nn.ReLU(),
@@ -261,7 +265,8 @@ class Actor(nn.Module):
 
         For tests and measurements, in evaluation mode: `rollout` encodes the observation once for all steps.
         """
-        return self.velocity_net(t, a, self.velocity_net.encode(self.encoder(self.norm(obs))))
+        features = self.velocity_net.encode(self.encoder(self.norm(obs)))
+        return self.velocity_net(t, a, features)
 
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
@@ -277,7 +282,9 @@ class Actor(nn.Module):
         if self.score_step == "exponential":
             x = sigma**2 * dt / 2
             rho = torch.exp(-x)
-            return (t + dt) * v + rho * (a - t * v), torch.sqrt((1 - t) * -torch.expm1(-2 * x))
+            mean = (t + dt) * v + rho * (a - t * v)
+            variance = (1 - t) * -torch.expm1(-2 * x)
+            return mean, torch.sqrt(variance)
         if self.score_step == "euler":
             v = v + sigma**2 / 2 * (t * v - a) / (1 - t)
         return a + dt * v, sigma * math.sqrt(dt)
@@ -309,16 +316,20 @@ class Actor(nn.Module):
             log_deviations.append(deviation.log())
         # Standardised, A_{i+1} given A_i is noise[i+1]: hence the density of the noise, less the log deviations.
         counted = slice(-1, None) if self.entropy == "last-step" else slice(None)
-        log_prob = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi)).sum(0) - sum(log_deviations[counted])
+        log_normal = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi))
+        log_prob = log_normal.sum(0) - sum(log_deviations[counted])
         # 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2, written so that its log neither under- nor overflows.
-        log_prob = log_prob - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
-        return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
+        log_slope = 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
+        action = torch.tanh(path[-1]) * self.scale + self.bias
+        return action, (log_prob - log_slope).sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
         """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is at most the uniform one's."""
         one = torch.ones_like(self.scale)
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
-        log_deviations += [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
+        for i in range(self.flow_steps):
+            _, deviation = self.step(i, one, one, sigma * one)
+            log_deviations.append(deviation.log())
         normal = 0.5 * math.log(2 * math.pi * math.e)
         action = (normal + log_deviations.pop()).clamp(max=math.log(2))
         before = 0 if self.entropy == "last-step" else sum(normal + log_deviation for log_deviation in log_deviations)
@@ -338,7 +349,8 @@ class Actor(nn.Module):
         training = self.norm.training
         self.norm.eval()
         batch = obs if obs.ndim == 2 else obs[None]
-        action = self.rollout(batch, self.draw_noise(batch.shape[0], deterministic))[0]
+        noise = self.draw_noise(batch.shape[0], deterministic)
+        action, *_ = self.rollout(batch, noise)
         self.norm.train(training)
         return action if obs.ndim == 2 else action[0]
 
@@ -379,9 +391,11 @@ class BatchRenorm(nn.Module):
             std = torch.sqrt(var + self.eps)
             with torch.no_grad():
                 running_std = torch.sqrt(self.running_var + self.eps)
+                r = (std / running_std).clamp(1 / self.r_max, self.r_max)
+                d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
                 warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
-                r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
-                d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+                r = torch.where(warm, r, 1.0)
+                d = torch.where(warm, d, 0.0)
                 weight = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
                 self.running_mean.lerp_(mean, weight)
                 self.running_var.lerp_(var, weight)
@@ -409,7 +423,8 @@ class Critic(nn.Module):
 
     def forward(self, obs, action):
         """(B, obs_dim), (B, D) -> (B,)"""
-        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
+        both = torch.cat([obs, action], dim=1)
+        return self.net(both).squeeze(1)
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
@@ -423,21 +438,24 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
         next_action, next_log_prob, _ = actor.rollout(next_obs, noise)
     if targets is None:
         both = torch.cat([obs, next_obs]), torch.cat([action, next_action])
-        q, next_q = torch.stack([critic(*both) for critic in critics]).chunk(2, dim=1)  # (2, B) each
+        q = torch.stack([critic(*both) for critic in critics])
+        q, next_q = q.chunk(2, dim=1)  # (2, B) each
         next_q = next_q.detach()
     else:
         q = torch.stack([critic(obs, action) for critic in critics])
         with torch.no_grad():
             next_q = torch.stack([target(next_obs, next_action) for target in targets])
     y = reward + gamma * (1 - terminated) * (next_q.amin(0) - alpha * next_log_prob)
-    return 0.5 * (q - y).square().mean(1).sum(), q.mean()
+    loss = 0.5 * (q - y).square().mean(1).sum()
+    return loss, q.mean()
 
 
 def actor_loss(actor, critics, obs, noise, alpha):
     """mean(alpha log_prob - min_j Q_j(s, a)), gradient through all K steps. Returns it, mean log_prob, A_0 to A_K."""
     action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
-    return (alpha * log_prob - q).mean(), log_prob.mean(), *path
+    loss = (alpha * log_prob - q).mean()
+    return loss, log_prob.mean(), *path
 
 
 def alpha_loss(log_alpha, log_prob, target_entropy):
@@ -463,14 +481,16 @@ def with_gradients(loss_function, network):
     def function(*inputs):
         loss, *rest = loss_function(*inputs)
         gradients = torch.autograd.grad(loss, list(network.parameters()))
-        return loss.detach(), *(value.detach() for value in rest if value.ndim == 0), gradients
+        scalars = [value.detach() for value in rest if value.ndim == 0]
+        return loss.detach(), *scalars, gradients
 
     return function
 
 
 def apply_gradients(optimizer, gradients) -> None:
     """One step of `optimizer`, given the gradient of each of its parameters, in their order."""
-    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.contiguous()  # compiled code may pad rows; the fused Adam steps in memory order
     optimizer.step()
 
@@ -515,15 +535,16 @@ class ReplayBuffer:
 
     def add(self, obs, action, reward, terminated, next_obs) -> None:
         """Store one transition: numpy vectors and scalars. `next_obs` is what the step returned, never a reset's."""
-        row = np.concatenate([obs, action, [reward, terminated], next_obs]).astype(np.float32)
-        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        row = np.concatenate([obs, action, [reward, terminated], next_obs])
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row.astype(np.float32))
         self.added += 1
         self.size.fill_(len(self))
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
         """Uniform batch: obs (B, obs_dim), action (B, D), reward (B,), terminated (B,), next_obs (B, obs_dim)."""
         index = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
-        obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, dim=1)
+        batch = self.rows[index]
+        obs, action, reward, terminated, next_obs = batch.split(self.widths, dim=1)
         return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
 
     def filled(self) -> torch.Tensor:
@@ -531,7 +552,9 @@ class ReplayBuffer:
 
         On the CPU, since copies that grow would stay in the memory that a GPU's allocator reserves.
         """
-        return self.rows.cpu() if len(self) == len(self.rows) else self.rows[: len(self)].to("cpu", copy=True)
+        if len(self) == len(self.rows):
+            return self.rows.cpu()
+        return self.rows[: len(self)].to("cpu", copy=True)
 
     def refill(self, rows: torch.Tensor, added: int) -> None:
         """Put back what `filled` returned, after `added` transitions."""
@@ -805,7 +828,11 @@ def renorm_of(args: Args):
 
 def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     """The actor that the flags describe."""
-    velocity = {name.removeprefix("velocity_"): n for name, n in vars(args).items() if name.startswith("velocity_")}
+    velocity = {
+        name.removeprefix("velocity_"): value
+        for name, value in vars(args).items()
+        if name.startswith("velocity_")
+    }  # fmt: skip
     return Actor(
         obs_dim, action_low, action_high, flow_steps=args.flow_steps, score_step=args.score_step,
         entropy=args.entropy, sigma_dim=args.sigma_dim, encoder_dim=args.encoder_dim, renorm=renorm_of(args),
@@ -822,8 +849,9 @@ def make_networks(args: Args, env: gym.Env, device: torch.device):
     action_dim = env.action_space.low.size
     sizes = " ".join(f"{flag(name)} {n}" for name, n in vars(args).items() if name.endswith(("_dim", "_size")))
     with explained(f"cannot make networks and buffer with {sizes}"):
-        actor = make_actor(args, obs_dim, env.action_space.low.ravel(), env.action_space.high.ravel())
-        actor = actor.to(device).eval()
+        low = env.action_space.low.ravel()
+        high = env.action_space.high.ravel()
+        actor = make_actor(args, obs_dim, low, high).to(device).eval()
         critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm_of(args)) for _ in range(2))
         critics = critics.to(device)
         targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
@@ -907,7 +935,9 @@ class Run:
 
     def __enter__(self):
         threading.excepthook = thread_failed
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.on_signal)
         shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
         self.bar = tqdm(
             total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown,
@@ -987,7 +1017,8 @@ class Run:
 
     def say_how_it_goes(self, alpha: float) -> None:
         """Return of the last ten episodes and alpha, in the bar; a log file has it as a line every 1 000 updates."""
-        recent = [row[1] for row in self.progress.rows["returns.csv"][1:][-10:]]
+        episodes = self.progress.rows["returns.csv"][1:]
+        recent = [row[1] for row in episodes[-10:]]
         shown = f"return {np.mean(recent):.4g}, " if recent else ""
         self.bar.set_postfix_str(f"{shown}alpha {alpha:.2g}", refresh=False)
         if not sys.stderr.isatty() and self.progress.updates % 1000 == 0:
@@ -1008,7 +1039,8 @@ class Run:
         """Note an evaluation; whether it is the best so far."""
         prefix = "eval/" if kind == "deterministic" else f"eval/{kind}_"
         self.write_scalars({prefix + name: value for name, value in scores.items()})
-        self.write_row("eval.csv", kind, *(f"{value:.5g}" for value in scores.values()), self.args.eval_episodes)
+        shown = [f"{value:.5g}" for value in scores.values()]
+        self.write_row("eval.csv", kind, *shown, self.args.eval_episodes)
         tqdm.write(f"step {self.progress.step}, {kind}: {describe(scores)}")
         better = kind == "deterministic" and scores["return"] > self.progress.best
         if better:
@@ -1035,9 +1067,14 @@ class Run:
         """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
         self.mean_losses()
         for network in ("actor", "critics"):
-            self.check_finite(**{f"{network}.{name}": value.cpu().numpy() for name, value in state[network].items()})
+            for name, value in state[network].items():
+                self.check_finite(**{f"{network}.{name}": value.cpu().numpy()})
         self.progress.seconds = self.seconds()
-        own = {"script": SCRIPT, "args": asdict(self.args), "progress": asdict(self.progress)}
+        own = {
+            "script": SCRIPT,
+            "args": asdict(self.args),
+            "progress": asdict(self.progress),
+        }
         self.save_policy("policy.pt", policy, env)
         write(self.folder / "checkpoint.pt", own | state)
         self.saved_step = self.progress.step
@@ -1199,7 +1236,8 @@ def running_statistics(env: gym.Env) -> list[dict]:
         discounted = float(np.sum(getattr(wrapper, "discounted_reward", 0)))  # of NormalizeReward
         mean = torch.as_tensor(seen.mean).clone()
         var = torch.as_tensor(seen.var).clone()
-        states.append({"mean": mean, "var": var, "count": float(seen.count), "discounted": discounted})
+        count = float(seen.count)
+        states.append({"mean": mean, "var": var, "count": count, "discounted": discounted})
     return states
 
 
@@ -1264,7 +1302,8 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
     `render_mode` is rgb_array, for videos, or human, for a window if there is a display. Episodes are counted.
     """
     warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the paper reports
-    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    headless = sys.platform == "linux" and not display
     if render_mode == "rgb_array" and headless:
         os.environ.setdefault("MUJOCO_GL", "egl")
     if render_mode == "human" and headless:
@@ -1307,7 +1346,8 @@ def to_obs(obs) -> np.ndarray:
 
 def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
     """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
-    return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
+    action = np.clip(action.reshape(space.shape), space.low, space.high)
+    return action.astype(space.dtype)
 
 
 def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
@@ -1320,7 +1360,8 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     for start in np.random.SeedSequence(seed).generate_state(episodes):
         obs, info = env.reset(seed=int(start))
         while "episode" not in info:  # until it is over
-            obs, *_, info = env.step(to_action(act(to_obs(obs)), env.action_space))
+            action = act(to_obs(obs))
+            obs, *_, info = env.step(to_action(action, env.action_space))
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
     error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # the sample's deviation over the root of episodes

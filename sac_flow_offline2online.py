@@ -211,8 +211,10 @@ class Args:
 def mlp(inputs: int, dim: int, layers: int, outputs: int, norm=nn.Identity, activation=nn.SiLU) -> list[nn.Module]:
     """`layers` hidden layers, each Linear, norm, activation, and a Linear."""
     sizes = [inputs] + layers * [dim]
-    hidden = [[nn.Linear(n, m), norm(m), activation()] for n, m in zip(sizes, sizes[1:], strict=False)]
-    return [*sum(hidden, []), nn.Linear(sizes[-1], outputs)]
+    hidden = []
+    for n, m in zip(sizes, sizes[1:], strict=False):
+        hidden += [nn.Linear(n, m), norm(m), activation()]
+    return [*hidden, nn.Linear(sizes[-1], outputs)]
 
 
 class TimeEmbedding(nn.Module):
@@ -225,7 +227,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):
         phase = t * self.frequencies
-        return self.linear(torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1))
+        waves = torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1)
+        return self.linear(waves)
 
 
 class GatedVelocity(nn.Module):
@@ -362,7 +365,8 @@ class Actor(nn.Module):
         score_step: str = "exponential", sigma: float = 0.1, learn_sigma: bool = False, sigma_dim: int = 128,
     ):  # fmt: skip
         super().__init__()
-        low, high = (torch.as_tensor(bound, dtype=torch.float32).repeat(chunk) for bound in (action_low, action_high))
+        low = torch.as_tensor(action_low, dtype=torch.float32).repeat(chunk)
+        high = torch.as_tensor(action_high, dtype=torch.float32).repeat(chunk)
         if not (low.isfinite() & high.isfinite() & (low < high)).all():
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
@@ -379,7 +383,8 @@ class Actor(nn.Module):
         if learn_sigma:
             self.sigma_net = nn.Sequential(*mlp(obs_dim, sigma_dim, 2, self.action_dim, activation=nn.ReLU))
             nn.init.zeros_(self.sigma_net[-1].weight)
-            nn.init.constant_(self.sigma_net[-1].bias, math.atanh((self.log_sigma + 1.5) / 3.5))
+            start = math.atanh((self.log_sigma + 1.5) / 3.5)  # where `sigma` below is the flag's
+            nn.init.constant_(self.sigma_net[-1].bias, start)
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
         # The paper's target, 0, would take far more noise than the paper's sigma: this one keeps it near `sigma`.
@@ -387,13 +392,15 @@ class Actor(nn.Module):
 
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
-        return self.velocity_net(t, a, self.velocity_net.encode(self.normalizer(obs)))
+        features = self.velocity_net.encode(self.normalizer(obs))
+        return self.velocity_net(t, a, features)
 
     def sigma(self, obs):
         """sigma (B, D), shared by the K steps; a learned one is in [e^-5, e^2]."""
         if self.sigma_net is None:
             return self.scale.new_full((len(obs), self.action_dim), self.log_sigma).exp()
-        return torch.exp(-1.5 + 3.5 * torch.tanh(self.sigma_net(self.normalizer(obs))))
+        raw = self.sigma_net(self.normalizer(obs))
+        return torch.exp(-1.5 + 3.5 * torch.tanh(raw))
 
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
@@ -409,7 +416,9 @@ class Actor(nn.Module):
         if self.score_step == "exponential":
             x = sigma**2 * dt / 2
             rho = torch.exp(-x)
-            return (t + dt) * v + rho * (a - t * v), torch.sqrt((1 - t) * -torch.expm1(-2 * x))
+            mean = (t + dt) * v + rho * (a - t * v)
+            variance = (1 - t) * -torch.expm1(-2 * x)
+            return mean, torch.sqrt(variance)
         if self.score_step == "euler":
             v = v + sigma**2 / 2 * (t * v - a) / (1 - t)
         return a + dt * v, sigma * math.sqrt(dt)
@@ -439,16 +448,20 @@ class Actor(nn.Module):
             log_deviations.append(deviation.log())
         # Standardised, A_{i+1} given A_i is noise[i+1]: hence the density of the noise, less the log deviations.
         counted = slice(-1, None) if self.entropy == "last-step" else slice(None)
-        log_prob = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi)).sum(0) - sum(log_deviations[counted])
+        log_normal = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi))
+        log_prob = log_normal.sum(0) - sum(log_deviations[counted])
         # 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2, written so that its log neither under- nor overflows.
-        log_prob = log_prob - 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
-        return torch.tanh(path[-1]) * self.scale + self.bias, log_prob.sum(1), path
+        log_slope = 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
+        action = torch.tanh(path[-1]) * self.scale + self.bias
+        return action, (log_prob - log_slope).sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
         """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is at most the uniform one's."""
         one = torch.ones_like(self.scale)
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
-        log_deviations += [self.step(i, one, one, sigma * one)[1].log() for i in range(self.flow_steps)]
+        for i in range(self.flow_steps):
+            _, deviation = self.step(i, one, one, sigma * one)
+            log_deviations.append(deviation.log())
         normal = 0.5 * math.log(2 * math.pi * math.e)
         action = (normal + log_deviations.pop()).clamp(max=math.log(2))
         before = 0 if self.entropy == "last-step" else sum(normal + log_deviation for log_deviation in log_deviations)
@@ -477,7 +490,8 @@ class Actor(nn.Module):
         Deterministic: the mode of the path before the squash, with all noise 0.
         """
         batch = obs if obs.ndim == 2 else obs[None]
-        action = self.rollout(batch, self.draw_noise(batch.shape[0], deterministic))[0]
+        noise = self.draw_noise(batch.shape[0], deterministic)
+        action, *_ = self.rollout(batch, noise)
         return action if obs.ndim == 2 else action[0]
 
     def forward(self, obs):
@@ -491,11 +505,13 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, dim: int, layers: int):
         super().__init__()
         self.normalizer = Normalizer(obs_dim)
-        self.net = nn.Sequential(*mlp(obs_dim + action_dim, dim, layers, 1, norm=nn.LayerNorm, activation=nn.ReLU))
+        hidden = mlp(obs_dim + action_dim, dim, layers, 1, norm=nn.LayerNorm, activation=nn.ReLU)
+        self.net = nn.Sequential(*hidden)
 
     def forward(self, obs, action):
         """(B, obs_dim), (B, h D) -> (B,)"""
-        return self.net(torch.cat([self.normalizer(obs), action], dim=1)).squeeze(1)
+        both = torch.cat([self.normalizer(obs), action], dim=1)
+        return self.net(both).squeeze(1)
 
 
 def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
@@ -516,7 +532,8 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
         next_q = torch.stack([target(next_obs, next_action) for target in targets]).mean(0)
         y = reward + discount * (1 - terminated) * (next_q - alpha * next_log_prob)
     q = torch.stack([critic(obs, action) for critic in critics])  # (2, B)
-    return 0.5 * (valid * (q - y).square()).mean(1).sum(), q.mean()
+    loss = 0.5 * (valid * (q - y).square()).mean(1).sum()
+    return loss, q.mean()
 
 
 def flow_matching_loss(actor, batch, noise, t):
@@ -542,7 +559,8 @@ def actor_loss(actor, critics, batch, noise, alpha, beta):
     action = actor.normalized(action)
     q = torch.stack([critic(obs, action) for critic in critics]).mean(0)
     bc = (own * (action - actor.normalized(data_action)).square()).mean()
-    return (alpha * log_prob - q).mean() + beta * bc, bc, log_prob.mean(), *path
+    loss = (alpha * log_prob - q).mean() + beta * bc
+    return loss, bc, log_prob.mean(), *path
 
 
 def offline_actor_loss(actor, critics, batch, noise, alpha, beta, x0, t):
@@ -575,14 +593,16 @@ def with_gradients(loss_function, network):
     def function(*inputs):
         loss, *rest = loss_function(*inputs)
         gradients = torch.autograd.grad(loss, list(network.parameters()))
-        return loss.detach(), *(value.detach() for value in rest if value.ndim == 0), gradients
+        scalars = [value.detach() for value in rest if value.ndim == 0]
+        return loss.detach(), *scalars, gradients
 
     return function
 
 
 def apply_gradients(optimizer, gradients) -> None:
     """One step of `optimizer`, given the gradient of each of its parameters, in their order."""
-    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.contiguous()  # compiled code may pad rows; the fused Adam steps in memory order
     optimizer.step()
 
@@ -619,7 +639,8 @@ class ReplayBuffer:
 
         The newest counts as its episode's last until another follows, so that no chunk runs on into older data.
         """
-        row = np.concatenate([obs, action, [reward, terminated, 1], next_obs]).astype(np.float32)
+        row = np.concatenate([obs, action, [reward, terminated, 1], next_obs])
+        row = row.astype(np.float32)
         if follows:
             self.rows[(self.added - 1) % len(self.rows), self.last] = 0
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
@@ -643,7 +664,9 @@ class ReplayBuffer:
 
         On the CPU, since copies that grow would stay in the memory that a GPU's allocator reserves.
         """
-        return self.rows.cpu() if len(self) == len(self.rows) else self.rows[: len(self)].to("cpu", copy=True)
+        if len(self) == len(self.rows):
+            return self.rows.cpu()
+        return self.rows[: len(self)].to("cpu", copy=True)
 
     def refill(self, rows: torch.Tensor, added: int) -> None:
         """Put back what `filled` returned, after `added` transitions."""
@@ -666,10 +689,14 @@ def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) 
     success; reward (B,), the discounted sum of what was executed; terminated (B,), 1 if it terminates; next_obs
     (B, obs_dim), where a chunk that does not terminate bootstraps.
     """
-    reward, terminated, last = reward.squeeze(2), terminated.squeeze(2), last.squeeze(2)  # (B, h)
+    reward = reward.squeeze(2)  # (B, h)
+    terminated = terminated.squeeze(2)
+    last = last.squeeze(2)
     first = torch.ones_like(last[:, :1])
-    own = torch.cat([first, (1 - last)[:, :-1]], dim=1).cumprod(1)
-    executed = own * torch.cat([first, (1 - terminated)[:, :-1]], dim=1).cumprod(1)
+    goes_on = torch.cat([first, 1 - last[:, :-1]], dim=1)
+    own = goes_on.cumprod(1)
+    survives = torch.cat([first, 1 - terminated[:, :-1]], dim=1)
+    executed = own * survives.cumprod(1)
     discount = gamma ** torch.arange(reward.shape[1], device=reward.device)
     reward = (discount * executed * reward).sum(1)
     terminated = (executed * terminated).amax(1)
@@ -684,14 +711,8 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda else "cpu")
     env = make_env(args)
     eval_env = make_env(args)
-    action_dim = env.action_space.low.size
     total = args.offline_steps + args.online_steps
-    if checkpoint:
-        files = checkpoint["progress"]["files"]
-        about_data = checkpoint["progress"]["data_statistics"]
-    else:
-        files = [str(path.resolve()) for path in find_dataset(args)]
-        data, about_data = read_data(files, env, args)
+    files, data, about_data = find_data(args, env, checkpoint)
 
     seed_random(args.seed)
     actor, critics, targets, buffer = make_networks(args, env, device, about_data)
@@ -761,21 +782,6 @@ def main() -> None:
     update_offline = graph(partial(update, offline=True))  # take and return nothing: all is in tensors that stay
     update_online = graph(partial(update, offline=False))
 
-    def log_gradient_norms() -> None:
-        with fork_random(args.seed + progress.step, device, env):
-            batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
-            noise = actor.draw_noise(args.batch_size)
-            norms = gradient_norms(actor, critics, batch, noise, log_alpha.detach().exp(), beta)
-        run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
-        run.write_scalars({"flow/sigma": actor.sigma(batch[0]).mean().item()})
-
-    def score() -> None:
-        """Evaluate. Neither training nor its clock notices."""
-        with run.paused(), fork_random(args.seed, device, env):
-            set_running_statistics(eval_env, running_statistics(env), frozen=True)
-            scores = evaluate(choose, eval_env, args.eval_episodes, args.seed)
-        run.report("offline" if progress.step <= args.offline_steps else "online", "stochastic", scores)
-
     def save() -> None:
         run.save(training_state(learned, tensors, buffer, env), actor, env)
 
@@ -789,7 +795,7 @@ def main() -> None:
                     obs = to_obs(env.reset()[0])
                     queue = []
                 if not queue:
-                    queue = list(choose(obs).reshape(-1, action_dim))
+                    queue = list(choose(obs).reshape(-1, env.action_space.low.size))
                 action = queue.pop(0)
                 run.check_finite(observation=obs, action=action)
                 next_obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
@@ -812,14 +818,15 @@ def main() -> None:
                     run.log_update(losses)
                 torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
                 if progress.step % 1000 == 0:
-                    log_gradient_norms()
+                    with fork_random(args.seed + progress.step, device, env):
+                        log_gradient_norms(run, actor, critics, buffer, log_alpha.detach().exp(), beta)
 
             if progress.step % 100 == 0:
                 run.write_scalars({"charts/online": float(online)})
             if online and done:
                 run.end_episode(info)
             if progress.step % args.eval_every == 0 or progress.step in (args.offline_steps, total):
-                score()
+                score(run, choose, env, eval_env, device)
             if done and run.should_save():
                 save()
             if done and run.interrupted:
@@ -1011,8 +1018,14 @@ def data_statistics(data: torch.Tensor, env: gym.Env) -> dict:
     obs_dim = env.observation_space.shape[0]
     deviation, mean = torch.std_mean(data[:, :obs_dim], dim=0)
     low, high = data[:, obs_dim : obs_dim + env.action_space.low.size].aminmax(dim=0)
-    values = dict(mean=mean, deviation=torch.where(deviation > 1e-4, deviation, 1), low=low, high=high)
-    return {"rows": len(data)} | {name: value.tolist() for name, value in values.items()}
+    deviation = torch.where(deviation > 1e-4, deviation, 1)
+    return {
+        "rows": len(data),
+        "mean": mean.tolist(),
+        "deviation": deviation.tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+    }
 
 
 def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -1133,7 +1146,9 @@ class Run:
 
     def __enter__(self):
         threading.excepthook = thread_failed
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.on_signal)
         shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
         self.bar = tqdm(
             total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown,
@@ -1213,7 +1228,8 @@ class Run:
 
     def say_how_it_goes(self, alpha: float) -> None:
         """Return of the last ten episodes and alpha, in the bar; a log file has it as a line every 1 000 updates."""
-        recent = [row[1] for row in self.progress.rows["returns.csv"][1:][-10:]]
+        episodes = self.progress.rows["returns.csv"][1:]
+        recent = [row[1] for row in episodes[-10:]]
         shown = f"return {np.mean(recent):.4g}, " if recent else ""
         self.bar.set_postfix_str(f"{shown}alpha {alpha:.2g}", refresh=False)
         if not sys.stderr.isatty() and self.progress.updates % 1000 == 0:
@@ -1233,7 +1249,8 @@ class Run:
     def report(self, phase: str, kind: str, scores: dict[str, float]) -> None:
         """Note an evaluation."""
         self.write_scalars({f"eval/{name}": value for name, value in scores.items()})
-        self.write_row("eval.csv", phase, kind, *(f"{value:.5g}" for value in scores.values()), self.args.eval_episodes)
+        shown = [f"{value:.5g}" for value in scores.values()]
+        self.write_row("eval.csv", phase, kind, *shown, self.args.eval_episodes)
         tqdm.write(f"step {self.progress.step}, {phase}: {describe(scores)}")
 
     def write_scalars(self, scalars: dict[str, float]) -> None:
@@ -1256,9 +1273,14 @@ class Run:
         """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
         self.mean_losses()
         for network in ("actor", "critics"):
-            self.check_finite(**{f"{network}.{name}": value.cpu().numpy() for name, value in state[network].items()})
+            for name, value in state[network].items():
+                self.check_finite(**{f"{network}.{name}": value.cpu().numpy()})
         self.progress.seconds = self.seconds()
-        own = {"script": SCRIPT, "args": asdict(self.args), "progress": asdict(self.progress)}
+        own = {
+            "script": SCRIPT,
+            "args": asdict(self.args),
+            "progress": asdict(self.progress),
+        }
         self.save_policy("policy.pt", policy, env)
         write(self.folder / "checkpoint.pt", own | state)
         self.saved_step = self.progress.step
@@ -1420,7 +1442,8 @@ def running_statistics(env: gym.Env) -> list[dict]:
         discounted = float(np.sum(getattr(wrapper, "discounted_reward", 0)))  # of NormalizeReward
         mean = torch.as_tensor(seen.mean).clone()
         var = torch.as_tensor(seen.var).clone()
-        states.append({"mean": mean, "var": var, "count": float(seen.count), "discounted": discounted})
+        count = float(seen.count)
+        states.append({"mean": mean, "var": var, "count": count, "discounted": discounted})
     return states
 
 
@@ -1603,7 +1626,8 @@ def extent_of(space: gym.spaces.Box) -> np.ndarray:
 
 def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     """The task as a gymnasium environment, with one-line errors for those that do not exist or cannot be controlled."""
-    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    headless = sys.platform == "linux" and not display
     if headless:
         os.environ.setdefault("MUJOCO_GL", "egl" if render_mode else "disabled")
     package = benchmark_of(args.env_id, args.dataset)
@@ -1658,10 +1682,13 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
 def rescaled(env: gym.Env, actor: Actor) -> gym.Env:
     """`env` with the policy's bounds of actions: stretched to its own, or as they are where it has none."""
     space = env.action_space
-    bounds = torch.stack([actor.bias - actor.scale, actor.bias + actor.scale])[:, : space.low.size]
-    low, high = bounds.cpu().numpy().reshape(2, *space.shape).astype(space.dtype)
+    bounds = torch.stack([actor.bias - actor.scale, actor.bias + actor.scale])
+    bounds = bounds[:, : space.low.size].cpu().numpy()  # of one action of the chunk
+    low, high = bounds.reshape(2, *space.shape).astype(space.dtype)
     finite = np.isfinite(extent_of(space))
-    box = gym.spaces.Box(np.where(finite, space.low, low), np.where(finite, space.high, high), dtype=space.dtype)
+    box_low = np.where(finite, space.low, low)
+    box_high = np.where(finite, space.high, high)
+    box = gym.spaces.Box(box_low, box_high, dtype=space.dtype)
     clipped = gym.wrappers.TransformAction(env, lambda action: np.clip(action, box.low, box.high), box)
     return gym.wrappers.RescaleAction(clipped, low, high)
 
@@ -1687,7 +1714,7 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
     program = Path(__file__).parent / "benchmark" / "demonstrations" / "collect.py"
     flags = ["--env-id", name, "--episodes", str(episodes), "--seed", "1", "--out", str(path)]
     try:
-        made = program.is_file() and not subprocess.run([sys.executable, str(program), *flags]).returncode
+        made = program.is_file() and subprocess.run([sys.executable, str(program), *flags]).returncode == 0
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # the collector has said what it keeps
     if not made:
@@ -1748,8 +1775,11 @@ def minari_dataset(args: Args):
 def joined(episodes: list[dict]) -> dict:
     """The arrays of several episodes end to end, with `last`, True on the last row of each."""
     for episode in episodes:
-        episode["last"] = np.arange(len(episode["reward"])) == len(episode["reward"]) - 1
-    return {key: np.concatenate([episode[key] for episode in episodes]) for key in COLUMNS} if episodes else {}
+        steps = len(episode["reward"])
+        episode["last"] = np.arange(steps) == steps - 1
+    if not episodes:
+        return {}
+    return {key: np.concatenate([episode[key] for episode in episodes]) for key in COLUMNS}
 
 
 def read_robomimic(path: str, keys: tuple[str, ...]) -> dict:
@@ -1760,10 +1790,14 @@ def read_robomimic(path: str, keys: tuple[str, ...]) -> dict:
     with h5py.File(path) as file:
         for name in sorted(file["data"], key=lambda name: int(name.removeprefix("demo_"))):  # demo_10 after demo_9
             demo = file["data"][name]
-            obs, next_obs = (np.concatenate([demo[kind][k][:] for k in keys], 1) for kind in ("obs", "next_obs"))
             reward = demo["rewards"][:].astype(np.float32)  # above 0 at success
-            arrays = dict(obs=obs, action=demo["actions"][:], reward=np.sign(reward) - 1, next_obs=next_obs)
-            arrays["terminated"] = reward > 0  # `dones` is also 1 at a demonstration's end, which is no termination
+            arrays = {
+                "obs": np.concatenate([demo["obs"][key][:] for key in keys], axis=1),
+                "action": demo["actions"][:],
+                "reward": np.sign(reward) - 1,
+                "terminated": reward > 0,  # `dones` is also 1 at a demonstration's end, which is no termination
+                "next_obs": np.concatenate([demo["next_obs"][key][:] for key in keys], axis=1),
+            }
             episodes.append(arrays)
     return joined(episodes)
 
@@ -1812,7 +1846,8 @@ def flattened(space: gym.Space, obs) -> np.ndarray:
         values = flattened(part, obs[key])
         if not isinstance(part, (gym.spaces.Dict, gym.spaces.Box)):
             values = np.stack([gym.spaces.flatten(part, value) for value in values])
-        parts.append(np.reshape(values, (len(values), math.prod(np.shape(values)[1:]))))
+        width = math.prod(np.shape(values)[1:])
+        parts.append(np.reshape(values, (len(values), width)))
     return np.concatenate(parts, axis=1)
 
 
@@ -1872,7 +1907,8 @@ def from_d4rl(arrays: dict) -> dict:
         raise ValueError(f"its arrays differ in length: {lengths}")
     if not lengths["actions"]:
         raise ValueError("it holds no step")
-    terminated, timeout = (np.asarray(arrays[name], np.float64).reshape(-1) for name in ("terminals", "timeouts"))
+    terminated = np.asarray(arrays["terminals"], np.float64).reshape(-1)
+    timeout = np.asarray(arrays["timeouts"], np.float64).reshape(-1)
     if np.isnan([terminated.sum(), timeout.sum()]).any():
         raise ValueError("its terminals or timeouts have NaN")
     terminated = terminated > 0
@@ -1956,9 +1992,18 @@ def read_data(files: list[str], env: gym.Env, args: Args) -> tuple[torch.Tensor,
     return data, about_data
 
 
+def find_data(args: Args, env: gym.Env, checkpoint: Optional[dict]):
+    """The files of the data, the rows of the first (None for a checkpoint, which holds them), and the statistics."""
+    if checkpoint:
+        return checkpoint["progress"]["files"], None, checkpoint["progress"]["data_statistics"]
+    files = [str(path.resolve()) for path in find_dataset(args)]
+    return files, *read_data(files, env, args)
+
+
 def describe_data(buffer: ReplayBuffer, name: str, chunk: int) -> None:
     """Say in a line what the data are, and note what may be a mistake in how they mark the ends of episodes."""
-    terminated, last = (buffer.rows[: len(buffer), buffer.last - 1 : buffer.last + 1] > 0).T.cpu().numpy()
+    flags = buffer.rows[: len(buffer), buffer.last - 1 : buffer.last + 1] > 0
+    terminated, last = flags.T.cpu().numpy()
     ends = np.flatnonzero(last)
     lengths = np.diff(ends, prepend=-1)
     index = np.arange(len(last))
@@ -1989,15 +2034,18 @@ def to_obs(obs) -> np.ndarray:
 
 def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
     """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
-    return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
+    action = np.clip(action.reshape(space.shape), space.low, space.high)
+    return action.astype(space.dtype)
 
 
 def success_interval(successes: int, episodes: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a success rate."""
     z = 1.96
     rate = successes / episodes
-    centre = (rate + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
-    half = z / (1 + z**2 / episodes) * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
+    weight = 1 / (1 + z**2 / episodes)
+    centre = weight * (rate + z**2 / (2 * episodes))
+    variance = rate * (1 - rate) / episodes + z**2 / (4 * episodes**2)
+    half = weight * z * math.sqrt(variance)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -2016,7 +2064,8 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
         while "episode" not in info:  # until it is over
             if not queue:
                 queue = list(act(to_obs(obs)).reshape(-1, env.action_space.low.size))
-            obs, *_, info = env.step(to_action(queue.pop(0), env.action_space))
+            action = to_action(queue.pop(0), env.action_space)
+            obs, *_, info = env.step(action)
         returns.append(float(info["episode"]["r"]))
         lengths.append(info["episode"]["l"])
         successes.append(succeeded(info))
@@ -2026,6 +2075,26 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # the sample's deviation over the root of episodes
     values = [rate, *interval, np.mean(returns), error, np.mean(lengths)]
     return dict(zip(SCORES, values, strict=True))
+
+
+def score(run: Run, choose, env: gym.Env, eval_env: gym.Env, device: torch.device) -> None:
+    """Evaluate `choose` and report it. Neither training nor its clock notices."""
+    args = run.args
+    with run.paused(), fork_random(args.seed, device, env):
+        set_running_statistics(eval_env, running_statistics(env), frozen=True)
+        scores = evaluate(choose, eval_env, args.eval_episodes, args.seed)
+    phase = "offline" if run.progress.step <= args.offline_steps else "online"
+    run.report(phase, "stochastic", scores)
+
+
+def log_gradient_norms(run: Run, actor: Actor, critics, buffer: ReplayBuffer, alpha, beta) -> None:
+    """Write the `gradient_norms` of a batch, and its mean sigma, to TensorBoard."""
+    args = run.args
+    batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
+    noise = actor.draw_noise(args.batch_size)
+    norms = gradient_norms(actor, critics, batch, noise, alpha, beta)
+    run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
+    run.write_scalars({"flow/sigma": actor.sigma(batch[0]).mean().item()})
 
 
 def describe(scores: dict[str, float]) -> str:
