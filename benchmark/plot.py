@@ -14,6 +14,7 @@ of the paper that introduced them (Agarwal et al., 2021, arXiv 2108.13264). AdaS
 2306.10882) says which algorithms differ, and where more seeds are needed. Tables go to standard output, as Markdown.
 """
 
+import csv
 import itertools
 import math
 from collections.abc import Sequence
@@ -40,8 +41,8 @@ except ImportError as error:
 LEVEL = 0.95  # of every interval
 SEEDS_PER_LOOK, LOOKS = 5, 2  # AdaStop: it looks after 5 seeds, and after 10
 STATISTICS = ("interquartile mean", "median", "optimality gap")
-Figure = Literal["curves", "time", "statistics", "profiles", "improvement"]
-FIGURES: tuple[Figure, ...] = ("curves", "time", "statistics", "profiles", "improvement")
+Figure = Literal["curves", "time", "norms", "statistics", "profiles", "improvement"]
+FIGURES: tuple[Figure, ...] = ("curves", "time", "norms", "statistics", "profiles", "improvement")
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Args:
     only: tuple[str, ...] = ()
     """only files whose path has one of these texts"""
     figures: tuple[Figure, ...] = FIGURES
-    """which figures; statistics, profiles and improvement also for their tables"""
+    """which figures; norms: of runs that left a norms.csv; statistics, profiles and improvement print tables, too"""
     steps: Optional[int] = None
     """step at which runs are scored and curves end; default: what half or more of the runs of each group have reached,
     and the curves' own ends"""
@@ -323,6 +324,37 @@ def draw_all_curves(envs: dict[str, dict[str, list[Run]]], style: Style, args: A
         save(figure, axes, args.out, name + suffix, caption)
 
 
+def growth(run: Run, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and |dL/dA_0| / |dL/dA_K| as the update saw them, of the `norms.csv` beside a run: mean or largest."""
+    with open(run.path.with_name("norms.csv"), newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["statistics"] == "batch"]
+    last = max(int(row["i"]) for row in rows)
+    first, end = ([float(row[column]) for row in rows if int(row["i"]) == i] for i in (0, last))
+    steps = [int(row["step"]) for row in rows if int(row["i"]) == 0]
+    return np.array(steps), np.array(first) / np.array(end)
+
+
+def draw_norms(env: str, groups: dict[str, list[Run]], style: Style, out: Path) -> None:
+    """How gradients grow on their way back through the rollout, along training: geometric means over seeds."""
+    groups = {name: [run for run in runs if run.path.with_name("norms.csv").exists()] for name, runs in groups.items()}
+    groups = {name: runs for name, runs in groups.items() if runs}
+    if not groups:
+        return
+    figure, axes = panels(2)
+    columns = {"grad_norm": "mean of a batch's norms", "largest": "largest of a batch's norms"}
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        axis.axhline(1, color="0.6", linewidth=0.8)
+        for name, runs in groups.items():
+            curves = [growth(run, column) for run in runs]
+            x, y = common_curve([(steps, np.log(ratio)) for steps, ratio in curves])
+            y = np.exp(y)
+            middle = np.exp(np.log(y).mean(0))
+            style.draw(axis, name, x, middle, y.min(0), y.max(0), curves)
+        axis.set(title=title, xlabel="environment steps", ylabel=r"$|dL/dA_0|\,/\,|dL/dA_K|$", yscale="log")
+        with_spaces(axis.xaxis)
+    save(figure, axes, out, f"{file_name(env)}-norms", f"{env}; band: the range of the seeds")
+
+
 def draw_evaluations(env: str, groups: dict[str, list[Run]], style: Style, out: Path) -> None:
     """Success rate and return at each evaluation, offline to online, with t-intervals."""
     figure, axes = panels(2)
@@ -476,6 +508,9 @@ def main() -> None:
     for kind in ("curves", "time"):
         if kind in args.figures:
             draw_all_curves(shown, style, args, kind == "time")
+    if "norms" in args.figures:
+        for env, groups in shown.items():
+            draw_norms(env, groups, style, args.out)
     ends = {env: args.steps or records.end_of(groups) for env, groups in envs.items()}
     found = {env: records.scores(groups, ends[env]) for env, groups in envs.items()}
     if found:

@@ -25,8 +25,15 @@ NAMES = {  # what names of files, folders and scripts hold -> the algorithm
     "gated": "Flow-G",
     "decoded": "Flow-T",
     "plain": "Plain flow",
-    "ablation": "Ablation",
+    "ablation": "Ablation",  # of a variant that ABLATION does not name
     "train_sbx": "CrossQ (sbx)",
+}
+ABLATION = {  # the variants of controls/ablation.py
+    "plain": "Plain flow",
+    "authors": "Authors' plain flow",
+    "authors-clipped": "Authors' plain flow, backward pass limited",
+    "authors-no-time": "Authors' plain flow, t beside BatchRenorm",
+    "flow-g": "Flow-G",
 }
 SCRIPTS = ("sac_flow_g", "sac_flow_t", "sac_flow_naive", "sac_gaussian", "ablation", "train_sbx")
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
@@ -188,7 +195,7 @@ def identify(path: Path) -> Run:
         try:
             flags = json.loads((path.parent / "args.json").read_text())
             env, seed = flags["env_id"], flags["seed"]
-            algorithm = NAMES[flags["velocity"]] if "velocity" in flags else None
+            algorithm = NAMES[flags["velocity"]] if "velocity" in flags else ABLATION.get(flags.get("variant"))
         except (ValueError, LookupError, TypeError):
             raise ValueError("whose args.json is not one of this project's") from None
         return Run(path, env, algorithm or NAMES[script_of(path.parent)], [], seed, none, none, flags=flags)

@@ -295,8 +295,28 @@ def test_runs_of_the_ablation_and_of_sbx_are_read(main, tmp_path):
         write_run(tmp_path / "runs" / f"Ant-v4__ablation__variant={variant}__1", [(100, 1)], variant=variant)
     write_run(tmp_path / "runs" / "Hopper-v4__train_sbx__1", [(100, 2)], seed=1)
     (table,) = main("runs", "--figures", "time")
-    names = ["Ablation variant=authors", "Ablation variant=plain", "CrossQ (sbx)"]
-    assert sorted(row[1] for row in table[1:]) == names
+    assert sorted(row[1] for row in table[1:]) == ["Authors' plain flow", "CrossQ (sbx)", "Plain flow"]
+
+
+def test_growth_of_the_gradients_of_the_ablation_is_drawn(main, drawn, tmp_path):
+    """A_0 over A_K, K = 2, normalised by the batch: 1 / 4 and 8 / 2 of the mean, 3 / 4 and 9 / 3 of the largest."""
+    folder = tmp_path / "runs" / "Ant-v4__ablation__variant=flow-g__1"
+    write_run(folder, [(100, 1), (200, 2)], env_id="Ant-v4", variant="flow-g")
+    write_run(tmp_path / "runs" / "Hopper-v4__sac_flow_g__1", [(100, 1)])  # leaves none
+    rows = [
+        (100, "batch", (1, 2, 4), (3, 5, 4)),
+        (200, "batch", (8, 9, 2), (9, 1, 3)),
+        (200, "running", (7, 7, 7), (7, 7, 7)),
+    ]
+    lines = ["step,statistics,i,grad_norm,median,largest,seconds"]
+    for step, kind, means, largest in rows:
+        lines += [f"{step},{kind},{i},{means[i]},0,{largest[i]},1" for i in range(3)]
+    (folder / "norms.csv").write_text("\n".join(lines) + "\n")
+    main("runs", "--figures", "norms")
+    assert set(drawn) == {"ant-v4-norms"}
+    of_mean, of_largest = drawn["ant-v4-norms"]
+    assert curve(of_mean, "Flow-G (1 seed)") == ([100, 200], pytest.approx([0.25, 4]))
+    assert curve(of_largest, "Flow-G (1 seed)") == ([100, 200], pytest.approx([0.75, 3]))
 
 
 def test_short_training_runs_are_drawn(main, drawn, tmp_path):
