@@ -29,6 +29,7 @@ PAPER = "--critic-dim 1024 --sigma-dim 512 --encoder-dim 0 --batch-size 512"
 SUITES = {
     "baseline": {"default": ""},
     "default": {"default": "", "--no-compile": "--no-compile", "--no-crossq": "--no-crossq"},
+    "encoder": {"default": "", "the defaults before": "--encoder-dim 0 --entropy path"},
     "paper": {"paper's sizes": PAPER},
     "growth": {
         **{f"K = {k}": f"--flow-steps {k}" for k in (1, 2, 8, 16)},
@@ -51,8 +52,8 @@ class Args:
     """cores to pin each run to, by default the first; as many threads as cores"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where to train"""
-    suite: Literal["baseline", "default", "paper", "growth", "all"] = "all"
-    """which configurations to run"""
+    suite: Literal["baseline", "default", "encoder", "paper", "growth", "all"] = "all"
+    """which configurations to run; all: those of default, growth and paper"""
     scripts: list[str] = field(default_factory=lambda: ["sac_flow_g", "sac_flow_t"])
     """scripts by name, found beside the README or in benchmark/"""
     root: Path = ROOT
