@@ -67,6 +67,15 @@ def test_batch_renorm_switches_after_its_warmup(script):
     assert means[2] > 3  # renorm: relative to the running mean, still near 15
 
 
+def test_batch_renorm_stays_batch_norm_unless_a_flag_says_when_to_switch(script):
+    x = 5 + torch.randn(64, 4)
+    for flags, switched in (({}, False), ({"renorm_warmup": 100_000}, True)):
+        norm = script.renorm_of(script.Args(**flags))(4)
+        norm(x)
+        norm.batches.fill_(10**9)
+        assert (norm(x + 20).mean().item() > 3) == switched
+
+
 def test_batch_renorm_keeps_its_precision_far_from_0(script):
     norm, x = script.BatchRenorm(3), torch.tensor([1000.0, -300.0, 5.0]) + 0.1 * torch.randn(256, 3)
     x[:, 2] = 5.0  # a feature that never changes
