@@ -55,6 +55,7 @@ except ImportError as error:
     fail(f"{error.name or error} cannot be imported: {remedy}")
 
 PACKAGES = ("sbx-rl", "stable-baselines3", "jax", "jaxlib", "flax", "optax", "gymnasium", "mujoco", "numpy")
+NEVER = 2**31 - 1  # of the batches that sbx counts, in an int32
 
 
 @dataclass
@@ -97,8 +98,9 @@ class Args:
     """decay per actor update of the averaged weights, which are evaluated; 0: the last weights"""
     alpha: float = 0.02
     """start of the entropy coefficient"""
-    renorm_warmup: int = 100_000
-    """training batches for which a BatchRenorm is plain batch normalisation"""
+    renorm_warmup: Optional[int] = None
+    """training batches after which a BatchRenorm normalises by its running statistics, sbx's own default 100 000;
+    default: never, as in sac_gaussian.py"""
 
 
 class AveragedCrossQ(CrossQ):
@@ -196,7 +198,8 @@ def make_env(env_id: str) -> gym.Env:
 def check(args: Args) -> None:
     """Stop the program if a flag's value makes no sense."""
     rules = [
-        ("seed|eval_every|learning_starts|renorm_warmup", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
+        ("seed|eval_every|learning_starts", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
+        ("renorm_warmup", lambda n: n is None or 0 <= n <= NEVER, f"from 0 to {NEVER}"),
         (".*_(size|dim|delay|episodes)", lambda n: n >= 1, "1 or more"),
         ("total_timesteps", lambda n: n > args.learning_starts, f"above --learning-starts {args.learning_starts}"),
         (".*_lr|alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
@@ -235,7 +238,7 @@ def main() -> None:
         policy_kwargs={
             "net_arch": {"pi": [args.policy_dim] * 2, "qf": [args.critic_dim] * 2},
             "optimizer_kwargs": {"b1": args.adam_b1},
-            "renorm_warmup_steps": args.renorm_warmup,
+            "renorm_warmup_steps": NEVER if args.renorm_warmup is None else args.renorm_warmup,
         },
     )
     model.decay = args.actor_average
