@@ -818,8 +818,7 @@ def main() -> None:
                     run.log_update(losses)
                 torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
                 if progress.step % 1000 == 0:
-                    with fork_random(args.seed + progress.step, device, env):
-                        log_gradient_norms(run, actor, critics, buffer, log_alpha.detach().exp(), beta)
+                    log_gradient_norms(run, actor, critics, buffer, env, log_alpha.detach().exp(), beta)
 
             if progress.step % 100 == 0:
                 run.write_scalars({"charts/online": float(online)})
@@ -2087,12 +2086,13 @@ def score(run: Run, choose, env: gym.Env, eval_env: gym.Env, device: torch.devic
     run.report(phase, "stochastic", scores)
 
 
-def log_gradient_norms(run: Run, actor: Actor, critics, buffer: ReplayBuffer, alpha, beta) -> None:
-    """Write the `gradient_norms` of a batch, and its mean sigma, to TensorBoard."""
+def log_gradient_norms(run: Run, actor: Actor, critics, buffer: ReplayBuffer, env: gym.Env, alpha, beta) -> None:
+    """Write the `gradient_norms` of a batch, and its mean sigma, to TensorBoard. Training does not notice."""
     args = run.args
-    batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
-    noise = actor.draw_noise(args.batch_size)
-    norms = gradient_norms(actor, critics, batch, noise, alpha, beta)
+    with fork_random(args.seed + run.progress.step, buffer.rows.device, env):
+        batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
+        noise = actor.draw_noise(args.batch_size)
+        norms = gradient_norms(actor, critics, batch, noise, alpha, beta)
     run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
     run.write_scalars({"flow/sigma": actor.sigma(batch[0]).mean().item()})
 

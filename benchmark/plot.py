@@ -346,10 +346,9 @@ def draw_norms(env: str, groups: dict[str, list[Run]], style: Style, out: Path) 
         axis.axhline(1, color="0.6", linewidth=0.8)
         for name, runs in groups.items():
             curves = [growth(run, column) for run in runs]
-            x, y = common_curve([(steps, np.log(ratio)) for steps, ratio in curves])
-            y = np.exp(y)
-            middle = np.exp(np.log(y).mean(0))
-            style.draw(axis, name, x, middle, y.min(0), y.max(0), curves)
+            x, logs = common_curve([(steps, np.log(ratio)) for steps, ratio in curves])
+            middle, low, high = np.exp([logs.mean(0), logs.min(0), logs.max(0)])
+            style.draw(axis, name, x, middle, low, high, curves)
         axis.set(title=title, xlabel="environment steps", ylabel=r"$|dL/dA_0|\,/\,|dL/dA_K|$", yscale="log")
         with_spaces(axis.xaxis)
     save(figure, axes, out, f"{file_name(env)}-norms", f"{env}; band: the range of the seeds")

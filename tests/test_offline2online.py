@@ -2,7 +2,9 @@
 
 import math
 import re
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -277,6 +279,23 @@ def test_gradient_norms_are_those_of_the_trained_loss():
     own = 0.1 * log_prob - q + 7 * (action - data_action).square().mean(1)
     expected = [gradient.norm(dim=1).mean() for gradient in torch.autograd.grad(own.sum(), path)]
     torch.testing.assert_close(norms, torch.stack(expected))
+
+
+def test_logging_gradient_norms_leaves_training_as_it_is():
+    """Its batch and noise are drawn from other random numbers; five norms and sigma are written."""
+    actor = make_actor(sigma=0.3).float()
+    critics = nn.ModuleList(script.Critic(3, 4, 8, 1) for _ in range(2))
+    buffer = script.ReplayBuffer(20, 3, 2, torch.device("cpu"))
+    for t in range(12):
+        buffer.add([t, 0, 1], [0.1, 0.2], -1.0, False, [t + 1, 0, 1], follows=t > 0)
+    written = {}
+    args = script.Args(batch_size=6, chunk=2)
+    run = SimpleNamespace(args=args, progress=script.Progress(step=1000), write_scalars=written.update)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    script.log_gradient_norms(run, actor, critics, buffer, gym.make("InvertedPendulum-v4"), 0.1, 7.0)
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
+    assert set(written) == {"flow/sigma"} | {f"flow/grad_norm_step_{i}" for i in range(5)}
+    assert all(value > 0 for value in written.values()) and written["flow/sigma"] == pytest.approx(0.3)
 
 
 def test_gradients_are_those_of_the_losses_alone():
