@@ -102,3 +102,20 @@ def test_readme_flags_exist():
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", (ROOT / "README.md").read_text()))
     known = {flag for name in names for flag in (name.replace("_", "-"), "no-" + name.replace("_", "-"))}
     assert named - known <= {"logdir", "help"}, named - known
+
+
+def test_links_lead_somewhere():
+    """Every relative link of the texts names a file that is there, and a heading in it if it has a #."""
+    texts = [ROOT / "README.md", *(ROOT / "benchmark").rglob("*.md"), ROOT / "benchmark" / "rnn_equivalence.ipynb"]
+    links = 0
+    for text in texts:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text.read_text()):
+            name, _, heading = link.partition("#")
+            target = (text.parent / name) if name else text
+            assert target.exists(), f"{text}: {link}"
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+                anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+                assert heading in anchors, f"{text}: {link}"
+            links += 1
+    assert links > 40
