@@ -74,7 +74,8 @@ ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("Nu
 SCORES = ("success_rate", "success_low", "success_high", "return", "return_error", "length")  # of an evaluation
 COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dim observation
-# The paper's offline weights of the BC term, and cube-double's for cube-single; 100 for all others.
+# The paper's offline weights of the BC term, and cube-double's for cube-single; robosuite's other tasks take lift's, and
+# all else 100.
 BETA = {"lift": 10_000, "can": 10_000, "square": 10_000, "cube-single": 300, "cube-double": 300}
 
 
@@ -424,13 +425,14 @@ class Actor(nn.Module):
         return a + dt * v, sigma * math.sqrt(dt)
 
     def rollout(self, obs, noise):
-        """Sample actions and the density of their paths.
+        """Sample actions, and the log density that the entropy counts.
 
         A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
-        log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log |d action_d / d A_{K,d}|.
+        log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log(1 - tanh(A_{K,d})^2),
+        the density of A_0 to A_{K-1} and of the action in [-1, 1], so that the unit of actions changes nothing.
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians. Returns action (B, D) in the environment's units,
-        log_prob (B,) = log p_c, and the path, the list of A_0 to A_K, (B, D) each (A_0 is a graph node only if noise
-        requires grad).
+        log_prob (B,), and the path, the list of A_0 to A_K, (B, D) each (A_0 is a graph node only if noise requires
+        grad). log_prob is log p_c if the entropy is the path's, else its last step's part, log p(action | A_{K-1}, s).
         Raises ValueError for other shapes.
         """
         expected = (self.flow_steps + 1, obs.shape[0], self.action_dim)

@@ -5,7 +5,7 @@ second end to end after compilation, milliseconds per step of its parts, start-u
 is what the step's matrix products alone would take: their FLOPs, counted by torch while the same script runs eagerly,
 over the rate of a (2 batch, width) x (width, width) product, measured in the same process, as the script asks for it.
 
-    python benchmark/measurements/speed.py --cores 0 --out benchmark/results/speed.csv
+    python benchmark/measurements/speed.py --cores 0 --out speed.csv
     python benchmark/measurements/speed.py --cores 0 1 --suite default
     python benchmark/measurements/speed.py --device cuda --suite paper
 """
