@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal, Optional, get_args
 
 import numpy as np
 import records
@@ -39,10 +39,11 @@ except ImportError as error:
     fail(f"needs {error.name}: pip install -r benchmark/requirements.txt")
 
 LEVEL = 0.95  # of every interval
-SEEDS_PER_LOOK, LOOKS = 5, 2  # AdaStop: it looks after 5 seeds, and after 10
+SEEDS_PER_LOOK = 5  # AdaStop looks after 5 seeds, and after 10
+LOOKS = 2
 STATISTICS = ("interquartile mean", "median", "optimality gap")
 Figure = Literal["curves", "time", "norms", "statistics", "profiles", "improvement"]
-FIGURES: tuple[Figure, ...] = ("curves", "time", "norms", "statistics", "profiles", "improvement")
+FIGURES: tuple[Figure, ...] = get_args(Figure)
 
 
 @dataclass
@@ -109,9 +110,12 @@ def binned(run: Run, width: float) -> tuple[np.ndarray, np.ndarray, Optional[np.
     """
     index = np.ceil(run.steps / width)
     bins = np.unique(index)
+    ends = np.minimum(bins * width, run.steps[-1])
     returns = np.array([run.returns[index == i].mean() for i in bins])
-    seconds = None if run.seconds is None else np.array([run.seconds[index == i][-1] for i in bins])
-    return np.minimum(bins * width, run.steps[-1]), returns, seconds
+    seconds = None
+    if run.seconds is not None:
+        seconds = np.array([run.seconds[index == i][-1] for i in bins])
+    return ends, returns, seconds
 
 
 def common_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -128,8 +132,10 @@ def common_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.nd
 
 def at_points(runs: list[Run], column: str) -> dict[float, np.ndarray]:
     """Values (seeds,) of a column at each step that any run was evaluated at, of those that were."""
-    steps = sorted({step for run in runs for step in run.steps})
-    return {step: np.concatenate([getattr(run, column)[run.steps == step] for run in runs]) for step in steps}
+    values = {}
+    for step in sorted({step for run in runs for step in run.steps}):
+        values[step] = np.concatenate([getattr(run, column)[run.steps == step] for run in runs])
+    return values
 
 
 def scaled(score: np.ndarray, env: str) -> np.ndarray:
@@ -153,12 +159,16 @@ def matrices(all_scores: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarr
             note(f"statistics without {env}, whose range of returns is not known: give --ranges {env}=LOW,HIGH")
         else:
             envs.append(env)
+    if not envs:
+        return {}
     result = {}
-    for name in names if envs else []:
-        counts = [len(all_scores[env][name]) for env in envs]
-        if len(set(counts)) > 1:
-            note(f"statistics of {name} with the first {min(counts)} seeds of each environment, which all have")
-        result[name] = np.stack([scaled(all_scores[env][name][: min(counts)], env) for env in envs], axis=1)
+    for name in names:
+        counts = {len(all_scores[env][name]) for env in envs}
+        seeds = min(counts)
+        if len(counts) > 1:
+            note(f"statistics of {name} with the first {seeds} seeds of each environment, which all have")
+        columns = [scaled(all_scores[env][name][:seeds], env) for env in envs]
+        result[name] = np.stack(columns, axis=1)
     return result
 
 
@@ -170,9 +180,8 @@ def bootstrap(values: dict, function, reps: int) -> tuple[dict, dict]:
 
 def aggregates(matrix: np.ndarray) -> np.ndarray:
     """The STATISTICS of scores (seeds, environments)."""
-    return np.array(
-        [f(matrix) for f in (metrics.aggregate_iqm, metrics.aggregate_median, metrics.aggregate_optimality_gap)]
-    )
+    functions = (metrics.aggregate_iqm, metrics.aggregate_median, metrics.aggregate_optimality_gap)
+    return np.array([function(matrix) for function in functions])
 
 
 def improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -181,7 +190,8 @@ def improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     rliable's `probability_of_improvement`, which computes it by a Mann-Whitney test whose p-value nobody needs, takes
     forty times as long in a bootstrap.
     """
-    return np.array([(np.sign(a[:, None] - b[None]) + 1).mean() / 2])
+    signs = np.sign(a[:, None] - b[None])  # (seeds of A, seeds of B, environments)
+    return np.array([(signs + 1).mean() / 2])
 
 
 def adastop(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], str]:
@@ -194,8 +204,8 @@ def adastop(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], str]:
     names = list(scores)
     if len(names) < 2:
         return {}
-    looks = min(LOOKS, min(map(len, scores.values())) // SEEDS_PER_LOOK)
-    pairs = list(itertools.combinations(range(len(names)), 2))
+    seeds = min(len(values) for values in scores.values())
+    looks = min(LOOKS, seeds // SEEDS_PER_LOOK)
     words = {
         "larger": ">",
         "smaller": "<",
@@ -207,9 +217,14 @@ def adastop(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], str]:
         test = MultipleAgentsComparator(n=SEEDS_PER_LOOK, K=LOOKS, alpha=(1 - LEVEL) / 2, seed=0)
         for look in range(1, looks + 1):
             if not test.is_finished:
-                test.partial_compare({name: scores[name][: look * SEEDS_PER_LOOK] for name in names}, verbose=False)
+                seen = {name: scores[name][: look * SEEDS_PER_LOOK] for name in names}
+                test.partial_compare(seen, verbose=False)
         decisions = test.decisions
-    return {(names[i], names[j]): words[decisions.get(str(np.array([i, j])), "continue")] for i, j in pairs}
+    decided = {}
+    for i, j in itertools.combinations(range(len(names)), 2):
+        decision = decisions.get(str(np.array([i, j])), "continue")  # adastop's way to name a pair
+        decided[names[i], names[j]] = words[decision]
+    return decided
 
 
 # Figures
@@ -223,14 +238,26 @@ class Style:
         others = sorted({run.algorithm for run in runs} - set(records.COLORS))
         colors = records.COLORS | dict(zip(others, itertools.cycle(records.OTHER_COLORS), strict=False))
         for algorithm, color in colors.items():
-            for i, name in enumerate(sorted({run.name for run in runs if run.algorithm == algorithm})):
+            names = sorted({run.name for run in runs if run.algorithm == algorithm})
+            for i, name in enumerate(names):
                 shade, dashes = divmod(i, len(records.DASHES))
-                mixed = 0.6**shade * np.array(matplotlib.colors.to_rgb(color)) + (1 - 0.6**shade)
-                envs = by_env([run for run in runs if run.name == name])
-                counts = {len(groups[name]) for groups in envs.values()}
-                seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-                label = f"{name} ({seeds} seed{'s' * (counts != {1})})"
-                self.lines[name] = {"color": tuple(mixed), "linestyle": records.DASHES[dashes], "label": label}
+                weight = 0.6**shade  # of the colour; the rest is white
+                mixed = weight * np.array(matplotlib.colors.to_rgb(color)) + (1 - weight)
+                self.lines[name] = {
+                    "color": tuple(mixed),
+                    "linestyle": records.DASHES[dashes],
+                    "label": f"{name} ({self.seeds(name, runs)})",
+                }
+
+    @staticmethod
+    def seeds(name: str, runs: list[Run]) -> str:
+        """How many seeds a name has in the environments, in words."""
+        envs = by_env([run for run in runs if run.name == name])
+        counts = {len(groups[name]) for groups in envs.values()}
+        if counts == {1}:
+            return "1 seed"
+        ends = sorted({min(counts), max(counts)})
+        return " to ".join(map(str, ends)) + " seeds"
 
     def color(self, name: str) -> tuple:
         """Its colour."""
@@ -240,8 +267,10 @@ class Style:
         """A curve with its band, and the curves (x, y) of the seeds thinly."""
         color = self.color(name)
         for xs, ys in seeds:
-            axis.plot(xs, ys, color=color, alpha=0.35, linewidth=0.7, marker="." if len(xs) == 1 else None)
-        axis.plot(x, mean, linewidth=2, marker="o" if len(x) < 5 else None, **self.lines[name])
+            dot = "." if len(xs) == 1 else None
+            axis.plot(xs, ys, color=color, alpha=0.35, linewidth=0.7, marker=dot)
+        dots = "o" if len(x) < 5 else None
+        axis.plot(x, mean, linewidth=2, marker=dots, **self.lines[name])
         axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
@@ -262,9 +291,14 @@ def panels(count: int, width: float = 4.4, height: float = 3.4) -> tuple:
 
 def save(figure, axes: list, out: Path, name: str, caption: str = "") -> None:
     """Write a figure with its legend below the panels, as SVG and PNG; the same data give the same files."""
-    found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    found = {}  # label -> line
+    for axis in axes:
+        lines, labels = axis.get_legend_handles_labels()
+        found |= zip(labels, lines, strict=True)
     if found:
-        columns = max(1, int(figure.get_figwidth() / (0.7 + 0.09 * max(map(len, found)))))  # inches
+        longest = max(len(label) for label in found)
+        inches = 0.7 + 0.09 * longest
+        columns = max(1, int(figure.get_figwidth() / inches))
         legend = figure.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False)
         legend.set_title(caption, {"size": "small"})
     try:
@@ -278,73 +312,96 @@ def save(figure, axes: list, out: Path, name: str, caption: str = "") -> None:
 
 def with_spaces(*axes) -> None:
     """100 000 in place of 100000 along these axes."""
+
+    def shown(value: float, _) -> str:
+        return f"{value:,.10g}".replace(",", "\xa0").replace("-", "\u2212")
+
     for axis in axes:
-        axis.set_major_formatter(lambda value, _: f"{value:,.10g}".replace(",", "\xa0").replace("-", "\u2212"))
+        axis.set_major_formatter(shown)
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
 
 def draw_curves(groups: dict[str, list[Run]], axis, style: Style, args: Args, time: bool) -> None:
     """Mean return of each group over seeds with its interval, and each seed thinly, against steps or minutes."""
     width = max(run.steps[-1] for runs in groups.values() for run in runs) / 50
-    drawn = []
+    drawn = [0.0]
     for name, runs in groups.items():
-        points = [binned(run, width) if args.training else (run.steps, run.returns, run.seconds) for run in runs]
-        curves = [(seconds / 60 if time else steps, returns) for steps, returns, seconds in points]
+        curves = []
+        for run in runs:
+            steps, returns, seconds = binned(run, width) if args.training else (run.steps, run.returns, run.seconds)
+            curves.append((seconds / 60 if time else steps, returns))
+            drawn.extend(returns)
         x, y = common_curve(curves)
-        mean, band = y.mean(0), (y.min(0), y.max(0))
+        low = y.min(0)
+        high = y.max(0)
         if len(runs) > 1 and len(x):
-            band = bootstrap({name: y}, lambda values: values.mean(0), args.reps)[1][name]
-        style.draw(axis, name, x, mean, *band, curves)
-        drawn.extend(np.concatenate([*(y for _, y in curves), mean]))
-    lowest, highest = min(0, *drawn), max(drawn)
+            _, ends = bootstrap({name: y}, lambda values: values.mean(0), args.reps)
+            low, high = ends[name]
+        style.draw(axis, name, x, y.mean(0), low, high, curves)
+    lowest = min(drawn)
+    highest = max(drawn[1:])
     margin = 0.05 * (highest - lowest) or 1.0
-    axis.set_ylim(lowest - margin * (lowest < 0), highest + margin)
-    kind = "training return" if args.training else "evaluation return"
-    axis.set(xlabel="minutes of training" if time else "environment steps", ylabel=kind, xlim=(0, None))
+    below = margin if lowest < 0 else 0
+    axis.set_ylim(lowest - below, highest + margin)
+    axis.set_xlim(0, None)
+    axis.set_xlabel("minutes of training" if time else "environment steps")
+    axis.set_ylabel("training return" if args.training else "evaluation return")
     with_spaces(axis.xaxis, axis.yaxis)
 
 
 def draw_all_curves(envs: dict[str, dict[str, list[Run]]], style: Style, args: Args, time: bool) -> None:
     """A figure of each environment and, if there are several, one of all."""
-    suffix = "-time" if time else ""
+    caption = "mean over seeds, each seed thinly; band: 95 % bootstrap interval (2 or 3 seeds: their range)"
+    suffix = ""
     if time:
-        without = [env for env, groups in envs.items() if any(run.seconds is None for run in sum(groups.values(), []))]
+        suffix = "-time"
+        without = [env for env, groups in envs.items() if not have_seconds(groups)]
         if without:
             note(f"no figure against time of {', '.join(without)}: files without seconds")
         envs = {env: groups for env, groups in envs.items() if env not in without}
-    sheets = {file_name(env): {env: groups} for env, groups in envs.items()}
+    for env, groups in envs.items():
+        figure, axes = panels(1, width=6, height=4.2)
+        draw_curves(groups, axes[0], style, args, time)
+        axes[0].set_title(env)
+        save(figure, axes, args.out, file_name(env) + suffix, caption)
     if len(envs) > 1:
-        sheets["all"] = envs
-    for name, sheet in sheets.items():
-        figure, axes = panels(len(sheet), *((6, 4.2) if len(sheet) == 1 else ()))
-        for axis, (env, groups) in zip(axes, sheet.items(), strict=True):
+        figure, axes = panels(len(envs))
+        for axis, (env, groups) in zip(axes, envs.items(), strict=True):
             draw_curves(groups, axis, style, args, time)
             axis.set_title(env)
-        caption = "mean over seeds, each seed thinly; band: 95 % bootstrap interval (2 or 3 seeds: their range)"
-        save(figure, axes, args.out, name + suffix, caption)
+        save(figure, axes, args.out, "all" + suffix, caption)
+
+
+def have_seconds(groups: dict[str, list[Run]]) -> bool:
+    """Whether every run tells its time."""
+    return all(run.seconds is not None for runs in groups.values() for run in runs)
 
 
 def growth(run: Run, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and |dL/dA_0| / |dL/dA_K| as the update saw them, of the `norms.csv` beside a run: mean or largest."""
     with open(run.path.with_name("norms.csv"), newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["statistics"] == "batch"]
-    last = max(int(row["i"]) for row in rows)
-    first, end = ([float(row[column]) for row in rows if int(row["i"]) == i] for i in (0, last))
-    steps = [int(row["step"]) for row in rows if int(row["i"]) == 0]
-    return np.array(steps), np.array(first) / np.array(end)
+    norms = {}  # i -> |dL/dA_i| along training
+    for row in rows:
+        norms.setdefault(int(row["i"]), []).append(float(row[column]))
+    steps = [int(row["step"]) for row in rows if row["i"] == "0"]
+    return np.array(steps), np.array(norms[0]) / np.array(norms[max(norms)])
 
 
 def draw_norms(env: str, groups: dict[str, list[Run]], style: Style, out: Path) -> None:
     """How gradients grow on their way back through the rollout, along training: geometric means over seeds."""
-    groups = {name: [run for run in runs if run.path.with_name("norms.csv").exists()] for name, runs in groups.items()}
-    groups = {name: runs for name, runs in groups.items() if runs}
-    if not groups:
+    with_norms = {}
+    for name, runs in groups.items():
+        left = [run for run in runs if run.path.with_name("norms.csv").exists()]
+        if left:
+            with_norms[name] = left
+    if not with_norms:
         return
     figure, axes = panels(2)
     columns = {"grad_norm": "mean of a batch's norms", "largest": "largest of a batch's norms"}
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
         axis.axhline(1, color="0.6", linewidth=0.8)
-        for name, runs in groups.items():
+        for name, runs in with_norms.items():
             curves = [growth(run, column) for run in runs]
             x, logs = common_curve([(steps, np.log(ratio)) for steps, ratio in curves])
             middle, low, high = np.exp([logs.mean(0), logs.min(0), logs.max(0)])
@@ -360,25 +417,21 @@ def draw_evaluations(env: str, groups: dict[str, list[Run]], style: Style, out: 
     offline = max(run.offline for runs in groups.values() for run in runs)
     for name, runs in groups.items():
         for axis, column, factor in zip(axes, ("success", "returns"), (100, 1), strict=True):
-            points = {step: t_interval(factor * values) for step, values in at_points(runs, column).items()}
-            mean, low, high = np.array(list(points.values())).T
+            points = at_points(runs, column)
+            intervals = [t_interval(factor * values) for values in points.values()]
+            mean, low, high = np.array(intervals).T
             if column == "success":
-                low, high = low.clip(0, 100), high.clip(0, 100)
-            style.draw(
-                axis, name, list(points), mean, low, high, [(r.steps, factor * getattr(r, column)) for r in runs]
-            )
+                low = low.clip(0, 100)
+                high = high.clip(0, 100)
+            seeds = [(run.steps, factor * getattr(run, column)) for run in runs]
+            style.draw(axis, name, list(points), mean, low, high, seeds)
     for axis, label in zip(axes, ("success rate in %", "return"), strict=True):
         axis.axvline(offline, color="black", linewidth=0.8, linestyle=":")
         axis.set(xlabel="offline updates, then environment steps", ylabel=label)
         with_spaces(axis.xaxis, axis.yaxis)
     figure.suptitle(env)
-    save(
-        figure,
-        axes,
-        out,
-        file_name(env),
-        "mean over seeds, 95 % t-interval, each seed thinly; dotted: online from here",
-    )
+    caption = "mean over seeds, 95 % t-interval, each seed thinly; dotted: online from here"
+    save(figure, axes, out, file_name(env), caption)
 
 
 def draw_intervals(statistics: dict[str, dict[str, tuple]], out: Path, file: str, colors: dict[str, tuple]) -> None:
@@ -389,7 +442,8 @@ def draw_intervals(statistics: dict[str, dict[str, tuple]], out: Path, file: str
         for i, (name, (value, low, high)) in enumerate(rows.items()):
             axis.barh(i, high - low, left=low, height=0.6, color=colors[name], alpha=0.35)
             axis.plot([value, value], [i - 0.3, i + 0.3], color=colors[name], linewidth=2)
-        axis.set(xlabel=title, yticks=range(count), yticklabels=rows if axis is axes[0] else [""] * count)
+        labels = rows if axis is axes[0] else [""] * count
+        axis.set(xlabel=title, yticks=range(count), yticklabels=labels)
         axis.invert_yaxis()
     save(figure, axes, out, file)
 
@@ -415,12 +469,21 @@ def markdown(*rows: Sequence[str]) -> None:
         if len(row) != len(rows[0]):
             raise ValueError(f"{len(rows[0])} columns, but {row}")
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    print("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n")
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    print("\n".join(lines) + "\n")
 
 
 def cell(value: float, low: float, high: float, digits: int = 0) -> str:
     """An estimate with its interval, if it has one."""
-    return f"{value:.{digits}f}" + ("" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+    estimate = f"{value:.{digits}f}"
+    if math.isnan(low):
+        return estimate
+    return f"{estimate} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def listed(values: np.ndarray) -> str:
+    """Each value, or a dash if there is none."""
+    return ", ".join(f"{value:.0f}" for value in values) or "-"
 
 
 def print_scores(envs: dict[str, dict[str, list[Run]]], found: dict[str, dict[str, np.ndarray]], ends: dict) -> None:
@@ -428,11 +491,12 @@ def print_scores(envs: dict[str, dict[str, list[Run]]], found: dict[str, dict[st
     rows = [("environment", "algorithm", "steps", "seeds", "return [95 %]", "each seed")]
     for env, names in found.items():
         for name, values in names.items():
+            counted = str(len(values))
             total = len(envs[env][name])
-            counted = f"{len(values)}" + (f" of {total}" if len(values) < total else "")
+            if len(values) < total:
+                counted += f" of {total}"
             mean = cell(*t_interval(values)) if len(values) else "-"
-            each = ", ".join(f"{value:.0f}" for value in values) or "-"
-            rows.append((env, name, f"{ends[env]:.0f}", counted, mean, each))
+            rows.append((env, name, f"{ends[env]:.0f}", counted, mean, listed(values)))
     markdown(*rows)
 
 
@@ -443,9 +507,12 @@ def print_side_by_side(found: dict[str, dict[str, np.ndarray]]) -> None:
         cells = []
         for groups in found.values():
             values = groups.get(name, np.array([]))
-            each = ", ".join(f"{value:.0f}" for value in values) or "-"
-            mean = f"{values.mean():.0f} ({each})" if len(values) == 2 else each
-            cells.append(cell(*t_interval(values)) if len(values) > 2 else mean)
+            if len(values) > 2:
+                cells.append(cell(*t_interval(values)))
+            elif len(values) == 2:
+                cells.append(f"{values.mean():.0f} ({listed(values)})")
+            else:
+                cells.append(listed(values))
         rows.append((name, *cells))
     markdown(*rows)
 
@@ -456,37 +523,66 @@ def print_evaluations(env: str, groups: dict[str, list[Run]]) -> None:
     for name, runs in groups.items():
         returns = at_points(runs, "returns")
         for step, success in at_points(runs, "success").items():
+            phase = "offline" if step <= runs[0].offline else "online"
             mean, *ends = t_interval(100 * success)
             rate = cell(mean, *np.clip(ends, 0, 100))
-            phase = "offline" if step <= runs[0].offline else "online"
-            rows.append((name, f"{step:.0f}", phase, str(len(success)), rate, cell(*t_interval(returns[step]))))
+            score = cell(*t_interval(returns[step]))
+            rows.append((name, f"{step:.0f}", phase, str(len(success)), rate, score))
     markdown(*rows)
+
+
+def print_adastop(found: dict[str, dict[str, np.ndarray]]) -> None:
+    """AdaStop's decisions, environment by environment."""
+    rows = [("environment", "A", "AdaStop", "B")]
+    for env, groups in found.items():
+        for (a, b), word in adastop(groups).items():
+            rows.append((env, a, word, b))
+    if len(rows) > 1:
+        markdown(*rows)
+
+
+def show_aggregates(values: dict[str, np.ndarray], style: Style, args: Args) -> None:
+    """Figure and table of the STATISTICS; `values` is name -> scaled scores (seeds, environments)."""
+    estimates, ends = bootstrap(values, aggregates, args.reps)
+    shown = {}  # statistic -> name -> estimate, low and high end
+    for i, title in enumerate(STATISTICS):
+        shown[title] = {name: (estimates[name][i], *ends[name][:, i]) for name in values}
+    colors = {name: style.color(name) for name in values}
+    draw_intervals(shown, args.out, "statistics", colors)
+    rows = [("algorithm", *STATISTICS)]
+    for name in values:
+        rows.append((name, *(cell(*shown[title][name], 2) for title in STATISTICS)))
+    markdown(*rows)
+
+
+def show_improvement(values: dict[str, np.ndarray], style: Style, args: Args) -> None:
+    """Figure and table of the probability that a run of one name is better than one of another."""
+    pairs = {(a, b): [values[a], values[b]] for a, b in itertools.combinations(values, 2)}
+    estimates, ends = bootstrap(pairs, improvement, args.reps)
+    shown = {}  # pair in words -> estimate, low and high end
+    colors = {}
+    for a, b in pairs:
+        words = f"{a} better than {b}"
+        shown[words] = (estimates[a, b][0], *ends[a, b][:, 0])
+        colors[words] = style.color(a)
+    draw_intervals({"probability of improvement": shown}, args.out, "improvement", colors)
+    rows = [(words, cell(*interval, 2)) for words, interval in shown.items()]
+    markdown(("", "probability [95 %]"), *rows)
 
 
 def show_statistics(found: dict[str, dict[str, np.ndarray]], style: Style, args: Args) -> None:
     """Figures and tables over environments; `found` is environment -> name -> scores."""
-    if "improvement" in args.figures:  # within an environment: it needs no scale
-        decided = [(env, a, word, b) for env, groups in found.items() for (a, b), word in adastop(groups).items()]
-        if decided:
-            markdown(("environment", "A", "AdaStop", "B"), *decided)
+    if "improvement" in args.figures:
+        print_adastop(found)  # within an environment: it needs no scale
     values = matrices(found)
     if not values:
         return
     if "statistics" in args.figures:
-        estimates, ends = bootstrap(values, aggregates, args.reps)
-        rows = {name: [(estimates[name][i], *ends[name][:, i]) for i in range(len(STATISTICS))] for name in values}
-        shown = {title: {name: rows[name][i] for name in values} for i, title in enumerate(STATISTICS)}
-        draw_intervals(shown, args.out, "statistics", {name: style.color(name) for name in values})
-        markdown(("algorithm", *STATISTICS), *((name, *(cell(*row, 2) for row in rows[name])) for name in values))
+        show_aggregates(values, style, args)
     if "profiles" in args.figures:
         draw_profiles(values, style, args)
     if "improvement" in args.figures and len(values) > 1:
-        pairs = list(itertools.combinations(values, 2))
-        estimates, ends = bootstrap({pair: [values[name] for name in pair] for pair in pairs}, improvement, args.reps)
-        rows = {f"{a} better than {b}": (estimates[a, b][0], *ends[a, b][:, 0]) for a, b in pairs}
-        colors = {pair: style.color(a) for pair, (a, _) in zip(rows, pairs, strict=True)}
-        draw_intervals({"probability of improvement": rows}, args.out, "improvement", colors)
-        markdown(("", "probability [95 %]"), *((pair, cell(*row, 2)) for pair, row in rows.items()))
+        show_improvement(values, style, args)
 
 
 def main() -> None:
