@@ -74,8 +74,8 @@ ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("Nu
 SCORES = ("success_rate", "success_low", "success_high", "return", "return_error", "length")  # of an evaluation
 COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dim observation
-# The paper's offline weights of the BC term, and cube-double's for cube-single; robosuite's other tasks take lift's, and
-# all else 100.
+# The paper's offline weights of the BC term, and cube-double's for cube-single; robosuite's other tasks take lift's.
+# All else: 100.
 BETA = {"lift": 10_000, "can": 10_000, "square": 10_000, "cube-single": 300, "cube-double": 300}
 
 

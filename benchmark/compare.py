@@ -41,12 +41,14 @@ class Args:
 
 def welch(a: np.ndarray, b: np.ndarray, confidence: float) -> tuple[float, float, float]:
     """mean(b) - mean(a) of samples (N,) and (M,) of two or more, and the ends of Welch's interval."""
-    parts = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     difference = b.mean() - a.mean()
-    if not sum(parts):
+    var_a = a.var(ddof=1) / len(a)  # of the mean
+    var_b = b.var(ddof=1) / len(b)
+    var = var_a + var_b
+    if not var:
         return difference, difference, difference
-    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
-    half = stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(sum(parts))
+    freedom = var**2 / (var_a**2 / (len(a) - 1) + var_b**2 / (len(b) - 1))
+    half = stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(var)
     return difference, difference - half, difference + half
 
 
@@ -62,9 +64,9 @@ def speed(run: Run, end: float) -> Optional[float]:
 def samples(a: list[Run], b: list[Run]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What is compared of two groups, "return" and "steps/s": values of A and of B, one per seed."""
     end = min(records.end_of({"": runs}) for runs in (a, b))
-    returns = [records.scores({"": runs}, end)[""] for runs in (a, b)]
-    speeds = [np.array([value for run in runs if (value := speed(run, end))]) for runs in (a, b)]
-    return {"return": tuple(returns), "steps/s": tuple(speeds)}
+    returns = tuple(records.scores({"": runs}, end)[""] for runs in (a, b))
+    speeds = tuple(np.array([value for run in runs if (value := speed(run, end))]) for runs in (a, b))
+    return {"return": returns, "steps/s": speeds}
 
 
 def main() -> None:
@@ -74,14 +76,17 @@ def main() -> None:
         fail(f"--confidence must be between 0 and 1, not {args.confidence}")
     if args.a.resolve() == args.b.resolve():
         fail(f"{args.a} twice: name the runs before and those after")
-    before, after = (by_env(records.read([folder], args.training)) for folder in (args.a, args.b))
-    groups = [{(env, name) for env in envs for name in envs[env]} for envs in (before, after)]
-    if not groups[0] & groups[1]:
+    before = by_env(records.read([args.a], args.training))
+    after = by_env(records.read([args.b], args.training))
+    groups_before = {(env, name) for env in before for name in before[env]}
+    groups_after = {(env, name) for env in after for name in after[env]}
+    common = groups_before & groups_after
+    if not common:
         fail(f"{args.a} and {args.b} have no algorithm on the same environment")
-    for env, name in sorted(groups[0] ^ groups[1]):
-        note(f"{name} on {env} is only in {args.a if (env, name) in groups[0] else args.b}")
+    for env, name in sorted(groups_before ^ groups_after):
+        note(f"{name} on {env} is only in {args.a if (env, name) in groups_before else args.b}")
     found = {}  # (environment, algorithm, what) -> values of A, values of B
-    for env, name in sorted(groups[0] & groups[1]):
+    for env, name in sorted(common):
         for what, (a, b) in samples(before[env][name], after[env][name]).items():
             if min(len(a), len(b)) > 1:
                 found[env, name, what] = a, b
@@ -101,9 +106,8 @@ def main() -> None:
             shown = "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*(100 * math.expm1(end) for end in ends))
         falls = not ends[2] >= 0  # nor is NaN a pass
         fell = fell or falls
-        means = " | ".join(
-            f"{values.mean():.{0 if what == 'return' else 1}f} ({len(values)} seeds)" for values in (a, b)
-        )
+        digits = 0 if what == "return" else 1
+        means = " | ".join(f"{values.mean():.{digits}f} ({len(values)} seeds)" for values in (a, b))
         print(f"| {env} | {name} | {what} | {means} | {shown} | {'fell' if falls else ''} |")
     raise SystemExit(int(fell))
 

@@ -93,9 +93,12 @@ class Run:
 
     def until(self, step: float) -> "Run":
         """The run without what came after `step`."""
-        columns = {name: getattr(self, name) for name in ("steps", "returns", "seconds", "success")}
         inside = self.steps <= step
-        return replace(self, **{name: values[inside] for name, values in columns.items() if values is not None})
+        columns = {}
+        for name in ("steps", "returns", "seconds", "success"):
+            values = getattr(self, name)
+            columns[name] = None if values is None else values[inside]
+        return replace(self, **columns)
 
 
 def fail(message: str) -> NoReturn:
@@ -140,7 +143,11 @@ def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = 
     runs = unique(runs)
     envs = [*RANGES, *sorted({run.env for run in runs} - set(RANGES))]
     order = [*COLORS, *sorted({run.algorithm for run in runs} - set(COLORS))]
-    return sorted(runs, key=lambda run: (envs.index(run.env), order.index(run.algorithm), run.name, run.seed))
+
+    def place(run: Run) -> tuple:
+        return envs.index(run.env), order.index(run.algorithm), run.name, run.seed
+
+    return sorted(runs, key=place)
 
 
 def read_file(path: Path, training: bool) -> list[Run]:
@@ -160,11 +167,13 @@ def read_file(path: Path, training: bool) -> list[Run]:
     for row in rows:
         groups[row["environment"], row["algorithm"], row["seed"]].append(row)
     none = np.array([])
-    try:
-        runs = {key: Run(path, key[0], key[1], [], int(key[2]), none, none) for key in groups}
-    except ValueError:
-        raise ValueError("with a seed that is no number") from None
-    return [fill(run, groups[key], columns) for key, run in runs.items()]
+    runs = []
+    for (env, algorithm, seed), of_run in groups.items():
+        if not seed.isdigit():
+            raise ValueError("with a seed that is no number")
+        run = Run(path, env, algorithm, [], int(seed), none, none)
+        runs.append(fill(run, of_run, columns))
+    return runs
 
 
 def fill(run: Run, rows: list[dict], columns: set[str]) -> Run:
@@ -182,9 +191,12 @@ def fill(run: Run, rows: list[dict], columns: set[str]) -> Run:
         raise ValueError("with entries that are no numbers") from None
     order = np.argsort(table["step"], kind="stable")
     table = {name: values[order] for name, values in table.items()}
-    run.steps, run.returns = table["step"], table["return"]
-    run.seconds, run.success = table.get("seconds"), table.get("success_rate")
-    run.offline = max((float(row["step"]) for row in rows if row.get("phase") == "offline"), default=0.0)
+    run.steps = table["step"]
+    run.returns = table["return"]
+    run.seconds = table.get("seconds")
+    run.success = table.get("success_rate")
+    offline = [float(row["step"]) for row in rows if row.get("phase") == "offline"]
+    run.offline = max(offline, default=0.0)
     return run
 
 
@@ -194,7 +206,8 @@ def identify(path: Path) -> Run:
     if (path.parent / "args.json").exists():
         try:
             flags = json.loads((path.parent / "args.json").read_text())
-            env, seed = flags["env_id"], flags["seed"]
+            env = flags["env_id"]
+            seed = flags["seed"]
             algorithm = NAMES[flags["velocity"]] if "velocity" in flags else ABLATION.get(flags.get("variant"))
         except (ValueError, LookupError, TypeError):
             raise ValueError("whose args.json is not one of this project's") from None
@@ -207,7 +220,8 @@ def identify(path: Path) -> Run:
     algorithm = NAMES[known[1]] if known else label
     rest = label[: known.start()] + label[known.end() :] if known else ""
     env = {name.lower(): name for name in RANGES}.get(path.parent.name, path.parent.name)
-    return Run(path, env, algorithm, list(filter(None, rest.split("_"))), int(match[2]), none, none)
+    variant = [part for part in rest.split("_") if part]
+    return Run(path, env, algorithm, variant, int(match[2]), none, none)
 
 
 def script_of(folder: Path) -> str:
@@ -286,7 +300,11 @@ def file_name(env: str) -> str:
 
 def end_of(groups: dict[str, list[Run]]) -> float:
     """The step at which runs of one environment are compared: half or more of each group's runs have reached it."""
-    return min(sorted(run.steps[-1] for run in runs)[(len(runs) - 1) // 2] for runs in groups.values())
+    reached = []
+    for runs in groups.values():
+        ends = sorted(run.steps[-1] for run in runs)
+        reached.append(ends[(len(ends) - 1) // 2])
+    return min(reached)
 
 
 def score(run: Run, end: float) -> Optional[float]:
@@ -302,5 +320,8 @@ def score(run: Run, end: float) -> Optional[float]:
 def scores(groups: dict[str, list[Run]], end: Optional[float] = None) -> dict[str, np.ndarray]:
     """Scores (N,) of each group's runs of one environment, in the order of their seeds, without those that stopped."""
     end = end or end_of(groups)
-    found = {name: [score(run, end) for run in runs] for name, runs in groups.items()}
-    return {name: np.array([value for value in values if value is not None]) for name, values in found.items()}
+    found = {}
+    for name, runs in groups.items():
+        values = [score(run, end) for run in runs]
+        found[name] = np.array([value for value in values if value is not None])
+    return found

@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,8 @@ def parse_args() -> tuple[Args, list[str]]:
         try:
             described = json.loads(Path(args.file).read_text())
             common_of_file = shlex.split(described.pop("every_run"))
-            default = Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in described.items()})
+            values = {name: tuple(v) if isinstance(v, list) else v for name, v in described.items()}
+            default = Args(**values)
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--file {args.file} is no sweep.json ({error}): name that of a sweep's folder")
         args, common = read_flags(Args, __doc__, default=default, return_unknown_args=True)
@@ -161,7 +163,8 @@ def describe(args: Args, common: list[str]) -> str:
 def has_more_seeds(known: str, text: str) -> bool:
     """Whether the second sweep.json is the first with further seeds."""
     try:
-        old, new = json.loads(known), json.loads(text)
+        old = json.loads(known)
+        new = json.loads(text)
         return set(old.pop("seeds")) < set(new.pop("seeds")) and old == new
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -260,9 +263,11 @@ def train(run: Run, environ: dict[str, str]) -> tuple[str, str]:
         return "finished", ""
     if stopped:
         return "stopped", ""
-    last = [line for line in log_of(run).read_text(errors="replace").splitlines() if line.strip()][-1]
+    lines = log_of(run).read_text(errors="replace").splitlines()
+    last = [line for line in lines if line.strip()][-1]
     if code < 0 or code > 128:
-        raise Died(f"signal {-code if code < 0 else code - 128}; {last}")
+        number = -code if code < 0 else code - 128
+        raise Died(f"signal {number}; {last}")
     return "failed", last
 
 
@@ -283,7 +288,8 @@ def progress(run: Run) -> dict:
             returns = returns or [float(row["return"]) for row in rows[-RECENT:]]
             written = max(written, path.stat().st_mtime)
     points = sorted(points)[-RECENT - 1 :]
-    (first, begin), (step, end) = points[0], points[-1]
+    first, begin = points[0]
+    step, end = points[-1]
     rate = (step - first) / (end - begin) if end > begin else None
     return {
         "step": step,
@@ -305,9 +311,11 @@ def sweep_end(runs: list[Run], all_progress: list[dict], slots: int, now: float)
         return None
     free = ends + [now] * (slots - len(ends))  # when each slot is free
     heapq.heapify(free)
+    mean = sum(rates) / len(rates)
     for run, p in pairs:
         if run.state == "waiting":
-            heapq.heappush(free, heapq.heappop(free) + (run.total - p["step"]) / (p["rate"] or sum(rates) / len(rates)))
+            seconds = (run.total - p["step"]) / (p["rate"] or mean)
+            heapq.heapreplace(free, free[0] + seconds)  # the first that is free takes it
     return max(free)
 
 
@@ -327,11 +335,11 @@ def table(runs: list[Run], slots: int) -> list[str]:
         end = clock(p["end"]) if run.state == "running" else "-"
         step = f"{p['step']} / {run.total}"
         lines.append(f"{run.folder.name:{width}}  {run.state:8}  {step:>17}  {rate:>7}  {shown:>8}  {end}")
-    count = {state: sum(run.state == state for run in runs) for state in dict.fromkeys(run.state for run in runs)}
-    rate = sum(p["rate"] or 0 for run, p in zip(runs, all_progress, strict=True) if run.state == "running")
+    count = Counter(run.state for run in runs)
     states = ", ".join(f"{n} {state}" for state, n in count.items())
+    rates = [p["rate"] or 0 for run, p in zip(runs, all_progress, strict=True) if run.state == "running"]
     end = clock(sweep_end(runs, all_progress, slots, time.time()))
-    lines.append(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs: {states}; {rate:.1f} steps/s, end {end}")
+    lines.append(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs: {states}; {sum(rates):.1f} steps/s, end {end}")
     return lines
 
 
@@ -349,12 +357,14 @@ class Screen:
             return
         *lines, last = table(runs, slots)
         columns, rows = shutil.get_terminal_size()
-        self.print([line[: columns - 1] for line in [*(lines[: rows - 2] if self.live else []), last]])
+        shown = lines[: rows - 2] if self.live else []
+        self.print([line[: columns - 1] for line in [*shown, last]])
 
     def print(self, lines: list[str]) -> None:
         """Print lines over those that were drawn before."""
         self.shown = time.time()
-        print((f"\033[{self.drawn}F\033[J" if self.drawn else "") + "\n".join(lines), flush=True)
+        back = f"\033[{self.drawn}F\033[J" if self.drawn else ""  # up over them, and clear what is below
+        print(back + "\n".join(lines), flush=True)
         self.drawn = len(lines) if self.live else 0
 
 
@@ -420,7 +430,8 @@ def run_all(args: Args, runs: list[Run], screen: Screen, ray, slots: int) -> int
             except ray.exceptions.TaskCancelledError:
                 run.state = "stopped"
             except ray.exceptions.RayError as error:
-                run.state, run.note = "failed", f"died {args.retries + 1} times; {str(error).splitlines()[-1]}"
+                run.state = "failed"
+                run.note = f"died {args.retries + 1} times; {str(error).splitlines()[-1]}"
         for run in pending.values():
             log = log_of(run)
             run.state = "running" if log.exists() and log.stat().st_mtime >= began else "waiting"

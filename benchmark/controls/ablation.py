@@ -118,7 +118,8 @@ class Stepwise:
             shapes = f"{tuple(obs.shape)} and {tuple(noise.shape)}"
             raise ValueError(f"rollout takes obs (B, {self.obs_dim}) and noise {expected}, not {shapes}")
         shared = self.prepare(obs)
-        path, log_deviations = [noise[0]], 0.0
+        path = [noise[0]]
+        log_deviations = 0.0
         link = torch.zeros_like(noise[0, :, :1])
         for i in range(self.flow_steps):
             a = path[i]
@@ -152,7 +153,8 @@ class TheirRenorm(naive.BatchRenorm):
             return super().forward(x)
         with torch.no_grad():
             var, mean = torch.var_mean(x, dim=0, correction=0)
-            d = ((mean - self.running_mean) / torch.sqrt(self.running_var + self.eps)).clamp(-self.d_max, self.d_max)
+            running_std = torch.sqrt(self.running_var + self.eps)
+            d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
             d = torch.where(self.batches >= self.warmup, d, 0.0)
             too_much = d * (1 - torch.sqrt(var / (var + self.eps)))
         return super().forward(x) - self.weight * too_much
@@ -206,7 +208,8 @@ class Sigma(Stepwise, naive.Actor):
 
     def velocity_and_sigma(self, t, a, shared):
         obs, a, t = self.inputs(t, a, shared)
-        v, log_sigma = self.velocity_net(t, a, self.velocity_net.encode(self.encoder(obs))).chunk(2, dim=1)
+        features = self.velocity_net.encode(self.encoder(obs))
+        v, log_sigma = self.velocity_net(t, a, features).chunk(2, dim=1)
         return v, bounded(log_sigma)
 
     def step(self, i: int, a, v, sigma):

@@ -109,7 +109,8 @@ def quiet() -> None:
 # robosuite: scripted experts. An expert is a generator: it is sent observations and yields actions (7,), the six
 # position and rotation deltas of the controller and the gripper, each in [-1, 1].
 
-OPEN, CLOSE = -1.0, 1.0
+OPEN = -1.0
+CLOSE = 1.0
 NOISY = np.array([1, 1, 1, 1, 1, 1, 0])  # not the gripper: clipped at its bound, half of its noise would say nothing
 
 
@@ -176,7 +177,9 @@ def can(obs: dict, env):
     straight = lambda obs: -heading(obs["robot0_eef_quat"])  # noqa: E731
     obs = yield from pick(obs, lambda obs: obs["Can_pos"], straight)
     up = np.array([*obs["Can_pos"][:2], place[2] + 0.25])
-    for goal, within in ((up, 0.05), (place + (0, 0, 0.25), 0.05), (place + (0, 0, 0.08), 0.02)):
+    over = place + (0, 0, 0.25)
+    down = place + (0, 0, 0.08)
+    for goal, within in ((up, 0.05), (over, 0.05), (down, 0.02)):
         obs = yield from go(obs, carried("Can", goal), straight, CLOSE, within)
     while True:
         obs = yield steer(obs, obs["robot0_eef_pos"] + (0, 0, 0.02), 0, OPEN)
@@ -192,7 +195,9 @@ def square(obs: dict, env):
 
     def squared(obs):  # to a multiple of 90 degrees, but not to 0: the handle would point away, out of the arm's reach
         angle = heading(obs["SquareNut_quat"])
-        return math.copysign(math.pi / 2, angle) - angle if abs(angle) < math.pi / 4 else wrapped(-angle, math.pi / 2)
+        if abs(angle) < math.pi / 4:
+            return math.copysign(math.pi / 2, angle) - angle
+        return wrapped(-angle, math.pi / 2)
 
     nut = partial(carried, "SquareNut")
     obs = yield from pick(obs, handle, aligned("SquareNut", math.pi))
@@ -238,22 +243,28 @@ def reset_robosuite(env, seed: int) -> dict:
 
 def robomimic_obs(obs: dict) -> dict:
     """robosuite's observation under robomimic's names: `object` and the robot's, each (d,) float64."""
-    robot = {key: obs[key] for key in obs if key.startswith("robot0_") and not key.endswith("-state")}
-    return {key: np.asarray(value, np.float64) for key, value in {"object": obs["object-state"], **robot}.items()}
+    parts = {"object": obs["object-state"]}
+    parts |= {key: obs[key] for key in obs if key.startswith("robot0_") and not key.endswith("-state")}
+    return {key: np.asarray(value, np.float64) for key, value in parts.items()}
 
 
 def robosuite_player(args: Args) -> Callable:
     """play(seed) -> one demonstration, or None if the expert failed: arrays (T, .) by their names in the HDF5 file."""
-    env, task = make_robosuite(args.env_id), TASKS[args.env_id]
+    env = make_robosuite(args.env_id)
+    task = TASKS[args.env_id]
 
     def play(seed: int) -> Optional[dict]:
-        obs, rng, rows = reset_robosuite(env, seed), np.random.default_rng((seed, 1)), defaultdict(list)
-        model_file, expert = env.sim.model.get_xml(), task.expert(obs, env)
+        rng = np.random.default_rng((seed, 1))
+        obs = reset_robosuite(env, seed)
+        model_file = env.sim.model.get_xml()
+        expert = task.expert(obs, env)
+        rows = defaultdict(list)
         action = next(expert)
         for _ in range(task.horizon):
             action = np.clip(action + args.noise * rng.standard_normal(7) * NOISY, -1, 1)
             rows["states"].append(env.sim.get_state().flatten())
-            before, (obs, reward, *_) = robomimic_obs(obs), env.step(action)
+            before = robomimic_obs(obs)
+            obs, reward, *_ = env.step(action)
             for key, value in robomimic_obs(obs).items():
                 rows[f"obs/{key}"].append(before[key])
                 rows[f"next_obs/{key}"].append(value)
@@ -261,7 +272,8 @@ def robosuite_player(args: Args) -> Callable:
             rows["rewards"].append(float(reward))
             rows["dones"].append(int(reward > 0))
             if reward > 0:
-                return {**{key: np.array(value) for key, value in rows.items()}, "model_file": np.array(model_file)}
+                rows["model_file"] = model_file
+                return {key: np.array(value) for key, value in rows.items()}
             action = expert.send(obs)
 
     return play
@@ -274,9 +286,11 @@ def write_robomimic(args: Args, parts: list[Path], out: Path) -> int:
     env_args = dict(env_name=TASKS[args.env_id].name, env_version=metadata.version("robosuite"), type=1)
     env_args["env_kwargs"] = ENV_KWARGS
     with h5py.File(out, "w") as file:
-        data, total = file.create_group("data"), 0
+        data = file.create_group("data")
+        total = 0
         for i, part in enumerate(parts):
-            demo, arrays = data.create_group(f"demo_{i}"), np.load(part)
+            demo = data.create_group(f"demo_{i}")
+            arrays = np.load(part)
             for key in arrays.files:
                 if key not in ("model_file", "failures"):
                     demo[key] = arrays[key]
@@ -317,8 +331,10 @@ def ogbench_player(args: Args) -> Callable:
         np.random.seed(seed)  # the oracles draw from it
         obs, info = env.reset(seed=seed)
         p_stack = np.random.uniform(*P_STACK[name])
-        oracle, rows, done = oracles[info["privileged/target_task"]], defaultdict(list), False
+        oracle = oracles[info["privileged/target_task"]]
         oracle.reset(obs, info)
+        rows = defaultdict(list)
+        done = False
         while not done:
             action = oracle.select_action(obs, info)
             row = dict(observations=obs, actions=action)
@@ -334,7 +350,9 @@ def ogbench_player(args: Args) -> Callable:
         episode = {key: np.array(value, types.get(key, np.int64)) for key, value in rows.items()}
         if name == "scene":  # as published, without episodes in which the cube gets out of view but in the drawer
             _, y, z = episode["qpos"][:, 14:17].T
-            if (y >= 0.29).any() or ((y <= -0.3) & ((z < 0.06) | (z > 0.08))).any():
+            in_drawer = (z >= 0.06) & (z <= 0.08)
+            unseen = (y >= 0.29) | ((y <= -0.3) & ~in_drawer)
+            if unseen.any():
                 return None
         return episode
 
@@ -348,7 +366,8 @@ def write_npz(args: Args, parts: list[Path], out: Path) -> int:
             member = zipfile.ZipInfo(f"{key}.npy")  # without the time of day: the same data are the same bytes
             member.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(member, "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.concatenate([np.load(part)[key] for part in parts]))
+                arrays = [np.load(part)[key] for part in parts]
+                np.lib.format.write_array(file, np.concatenate(arrays))
     return args.rows * len(parts)
 
 
@@ -367,9 +386,10 @@ def minari_player(args: Args) -> Callable:
 
     def play(seed: int) -> dict:
         torch.manual_seed(seed)
-        rng, rows, done = np.random.default_rng((seed, 1)), defaultdict(list), False
-        obs = env.reset(seed=seed)[0]
-        rows["observations"].append(obs)
+        rng = np.random.default_rng((seed, 1))
+        obs, _ = env.reset(seed=seed)
+        rows = defaultdict(list, observations=[obs])
+        done = False
         while not done:
             with torch.no_grad():
                 action = actor.act(torch.from_numpy(script.to_obs(obs))[None])[0].numpy()
@@ -380,7 +400,8 @@ def minari_player(args: Args) -> Callable:
             row = dict(observations=obs, actions=action, rewards=reward, terminations=terminated, truncations=truncated)
             for key, value in row.items():
                 rows[key].append(value)
-        return {**{key: np.array(value) for key, value in rows.items()}, "seed": np.array(seed)}
+        rows["seed"] = seed
+        return {key: np.array(value) for key, value in rows.items()}
 
     return play
 
@@ -467,7 +488,8 @@ def parse_args() -> Args:
 
 def settings_of(args: Args) -> dict:
     """All that decides the episodes, package versions included; stops the program if a package is missing."""
-    kind, versions = kind_of(args), {}
+    kind = kind_of(args)
+    versions = {}
     for package in KINDS[kind].packages:
         try:
             versions[package] = metadata.version(package)
@@ -509,7 +531,12 @@ def collect(args: Args, parts: Path, i: int) -> int:
 
 def follow_parent() -> None:
     """End this worker when its parent ends, however that comes about."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def collect_all(args: Args, parts: Path, missing: list[int], bar) -> None:
@@ -549,7 +576,8 @@ def keep_settings(parts: Path, settings: dict) -> None:
 
 def run(args: Args, parts: Path) -> None:
     """Play what is missing in `parts`, then write the data set and remove them."""
-    kind, total = KINDS[kind_of(args)], args.episodes
+    kind = KINDS[kind_of(args)]
+    total = args.episodes
     outs = {args.out: range(total)}
     if kind.write is write_npz:
         total += max(1, args.episodes // 10)

@@ -64,7 +64,8 @@ def measure(actor, states) -> dict[str, float]:
         fixed = noise[:, :, :1].expand_as(noise).clone()
         fixed[varying] = noise[varying]
         action, log_prob, _ = actor.rollout(obs, fixed.flatten(1, 2))
-        return ((action - actor.bias) / actor.scale).unflatten(0, (len(states), SAMPLES)), log_prob
+        in_bounds = (action - actor.bias) / actor.scale  # in [-1, 1]
+        return in_bounds.unflatten(0, (len(states), SAMPLES)), log_prob
 
     torch.manual_seed(0)
     actor.step = recorded

@@ -49,7 +49,8 @@ class Args:
 def train(script, old_actor, critics, all_obs, alpha, k, scale, score_step, seed, args):
     """Rows (update, loss, growth, gradient) of one new actor against the frozen critics."""
     torch.manual_seed(seed)
-    low, high = old_actor.bias - old_actor.scale, old_actor.bias + old_actor.scale
+    low = old_actor.bias - old_actor.scale
+    high = old_actor.bias + old_actor.scale
     sizes = dict(flow_steps=k, score_step=score_step, entropy=old_actor.entropy, renorm=script.BatchRenorm)
     actor = script.Actor(all_obs.shape[1], low, high, **sizes)
     torch.manual_seed(seed)  # velocities draw differently: the rest of the actor and all batches are to be the same
@@ -60,13 +61,15 @@ def train(script, old_actor, critics, all_obs, alpha, k, scale, score_step, seed
             weight.mul_(scale if weight.ndim == 2 else 1)
     optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3, betas=(0.5, 0.999), fused=True)
     for update in range(args.updates + 1):
-        obs, noise = all_obs[torch.randint(len(all_obs), (args.batch_size,))], actor.draw_noise(args.batch_size)
+        obs = all_obs[torch.randint(len(all_obs), (args.batch_size,))]
+        noise = actor.draw_noise(args.batch_size)
         loss, *_ = script.actor_loss(actor, critics, obs, noise, alpha)
         optimizer.zero_grad()
         loss.backward()
         if update % 25 == 0:
             norms = script.gradient_norms(actor, critics, obs, noise, alpha)
-            gradient = torch.nn.utils.get_total_norm([p.grad for p in actor.parameters() if p.grad is not None])
+            gradients = [p.grad for p in actor.parameters() if p.grad is not None]
+            gradient = torch.nn.utils.get_total_norm(gradients)
             growth = (norms[0] / norms[-1]).item()
             yield dict(update=update, loss=loss.item(), growth=growth, gradient=gradient.item())
         optimizer.step()
@@ -79,13 +82,16 @@ def draw(rows: list[dict], path: Path) -> None:
     """
     plt = pyplot()
     setting_of = itemgetter("K", "weight_scale", "score_step")
-    settings, batches = list(dict.fromkeys(map(setting_of, rows))), defaultdict(list)
+    batch_of = itemgetter("K", "weight_scale", "score_step", "seed", "update")
+    settings = list(dict.fromkeys(map(setting_of, rows)))
+    losses = defaultdict(list)
     for row in rows:
-        batches[setting_of(row), row["seed"], row["update"]].append(row["loss"])
+        losses[batch_of(row)].append(row["loss"])
     for row in rows:
-        row["excess"] = row["loss"] - min(batches[setting_of(row), row["seed"], row["update"]])
+        row["excess"] = row["loss"] - min(losses[batch_of(row)])
     labels = {"excess": "loss above the lowest", "growth": "|dL/dA_0| / |dL/dA_K|", "gradient": "|dL/dparameters|"}
-    figure, axes = plt.subplots(3, len(settings), figsize=(2.2 * len(settings), 6.5), sharex=True, sharey="row")
+    size = (2.2 * len(settings), 6.5)
+    figure, axes = plt.subplots(3, len(settings), figsize=size, sharex=True, sharey="row")
     for column, setting in zip(axes.reshape(3, -1).T, settings, strict=True):
         for axis, name in zip(column, labels, strict=True):
             for script in NAMES:
@@ -93,10 +99,13 @@ def draw(rows: list[dict], path: Path) -> None:
                 for row in rows:
                     if setting_of(row) == setting and row["script"] == script:
                         points[row["update"]].append(row[name])
-                x, values = sorted(points), [points[update] for update in sorted(points)]
-                mean = [sum(v) / len(v) if name == "excess" else statistics.geometric_mean(v) for v in values]
+                x = sorted(points)
+                mean_of = statistics.mean if name == "excess" else statistics.geometric_mean
+                mean = [mean_of(points[update]) for update in x]
+                low = [min(points[update]) for update in x]
+                high = [max(points[update]) for update in x]
                 axis.plot(x, mean, label=NAMES[script], color=COLORS[script])
-                axis.fill_between(x, [*map(min, values)], [*map(max, values)], color=COLORS[script], alpha=0.2, lw=0)
+                axis.fill_between(x, low, high, color=COLORS[script], alpha=0.2, lw=0)
             if name == "excess":
                 axis.set_yscale("symlog", linthresh=1)
             else:
@@ -117,7 +126,8 @@ def main() -> None:
     torch.set_num_threads(1)  # the networks are small
     old_actor, critics, state = load(args.run)
     critics.requires_grad_(False)
-    all_obs, alpha = state["buffer"][:, : old_actor.obs_dim], state["log_alpha"].exp()
+    all_obs = state["buffer"][:, : old_actor.obs_dim]
+    alpha = state["log_alpha"].exp()
     settings = list(itertools.product(args.flow_steps, args.weight_scales, args.score_steps))
     rows = []
     for k, scale, score_step in settings:

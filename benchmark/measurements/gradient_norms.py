@@ -24,6 +24,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Literal
 
 import torch
@@ -99,14 +100,22 @@ def pyplot():
 
 def jacobians(actor, path, obs):
     """I + dt dv/dA_i along a rollout: path of K+1 (B, D), obs (B, obs_dim) -> (K, B, D, D)."""
-    k, d = actor.flow_steps, actor.action_dim
+    k = actor.flow_steps
     steps = []
     for i in range(k):
         a = path[i].detach().requires_grad_()
         v = actor.velocity(i / k, a, obs)
-        rows = [torch.autograd.grad(v[:, j].sum(), a, retain_graph=True)[0] for j in range(d)]
-        steps.append(torch.eye(d) + torch.stack(rows, dim=1) / k)
+        rows = []  # dv_j/da, (B, D) each
+        for j in range(actor.action_dim):
+            (row,) = torch.autograd.grad(v[:, j].sum(), a, retain_graph=True)
+            rows.append(row)
+        steps.append(torch.eye(actor.action_dim) + torch.stack(rows, dim=1) / k)
     return torch.stack(steps)
+
+
+def largest_singular_value(matrices) -> float:
+    """Of (B, D, D) or (D, D), the geometric mean over the batch."""
+    return torch.linalg.matrix_norm(matrices, 2).log().mean().exp().item()
 
 
 def measure(actor, obs, loss) -> list[dict]:
@@ -118,14 +127,21 @@ def measure(actor, obs, loss) -> list[dict]:
     """
     total, path = loss(actor.draw_noise(len(obs)).requires_grad_())
     gradient = torch.autograd.grad(total, path)
-    steps, product, rows = jacobians(actor, path, obs), torch.eye(actor.action_dim), []
+    steps = jacobians(actor, path, obs)
+    product = torch.eye(actor.action_dim)
+    rows = []
     for i in range(actor.flow_steps, -1, -1):
         single = torch.eye(actor.action_dim)
         if i < actor.flow_steps:
             single = steps[i]
             product = product @ single
-        sigma, product_sigma = (torch.linalg.matrix_norm(m, 2).log().mean().exp().item() for m in (single, product))
-        rows.append(dict(i=i, grad_norm=gradient[i].norm(dim=1).mean().item(), sigma=sigma, product=product_sigma))
+        row = {
+            "i": i,
+            "grad_norm": gradient[i].norm(dim=1).mean().item(),
+            "sigma": largest_singular_value(single),
+            "product": largest_singular_value(product),
+        }
+        rows.append(row)
     return rows[::-1]
 
 
@@ -186,7 +202,8 @@ def through_training(run: Path):
     """Rows of training.csv: what the run logged as flow/grad_norm_step_<i>."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events, known = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload(), described(run)
+    known = described(run)
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     with explained(f"{run}: its TensorBoard log has no norms of gradients"):
         for i in range(known["K"] + 1):
             for event in events.Scalars(f"flow/grad_norm_step_{i}"):
@@ -199,7 +216,8 @@ def load(run: Path):
     state = script.load(run / "checkpoint.pt", "buffer")
     args = script.Args(**state["args"])
     obs_dim = state["actor"]["sigma_net.0.weight"].shape[1]
-    scale, bias = state["actor"]["scale"], state["actor"]["bias"]
+    scale = state["actor"]["scale"]
+    bias = state["actor"]["bias"]
     actor = script.make_actor(args, obs_dim, bias - scale, bias + scale)
     sizes = obs_dim, len(scale), args.critic_dim, script.renorm_of(args)
     critics = torch.nn.ModuleList(script.Critic(*sizes) for _ in range(2))
@@ -251,14 +269,16 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def growth_by_step(rows: list[dict], keys: list[str], column: str) -> dict:
     """{values of keys: {i: [column of every seed]}}, each relative to that of the rollout's last step."""
-    last = {}
-    for row in rows:
-        if row["i"] == row["K"]:
-            last[tuple(row[key] for key in [*keys, "seed"])] = row[column]
+
+    def values_of(row: dict, *names: str) -> tuple:
+        return tuple(row[name] for name in names)
+
+    last = {values_of(row, *keys, "seed"): row[column] for row in rows if row["i"] == row["K"]}
     curves = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        reference = last[tuple(row[key] for key in [*keys, "seed"])]
-        curves[tuple(row[key] for key in keys)][row["i"]].append(row[column] / reference)
+        reference = last[values_of(row, *keys, "seed")]
+        curve = curves[values_of(row, *keys)]
+        curve[row["i"]].append(row[column] / reference)
     return curves
 
 
@@ -269,7 +289,7 @@ def panel(axis, curves: dict, fixed: tuple, title: str) -> None:
         if not curve:
             continue
         x = sorted(curve)
-        mean = [math.exp(sum(math.log(max(v, 1e-12)) for v in curve[i]) / len(curve[i])) for i in x]
+        mean = [geometric_mean([max(value, 1e-12) for value in curve[i]]) for i in x]
         axis.plot(x, mean, label=NAMES[name], color=COLORS[name], marker="o", ms=3)
         low = [min(curve[i]) for i in x]
         high = [max(curve[i]) for i in x]
@@ -282,7 +302,8 @@ def grid(plt, rows: list[dict], path: Path) -> None:
     """A column for each environment and K. Training: growth over the rollout against the training step, and at the last
     norms against the rollout's step. Checkpoints: the latter with the score and without."""
     columns = sorted({(row["env_id"], row["K"]) for row in rows})
-    figure, axes = plt.subplots(2, len(columns), figsize=(3 * len(columns), 6), sharey="row", squeeze=False)
+    size = (3 * len(columns), 6)
+    figure, axes = plt.subplots(2, len(columns), figsize=size, sharey="row", squeeze=False)
     for column, (env_id, k) in zip(axes.T, columns, strict=True):
         chosen = [row for row in rows if (row["env_id"], row["K"]) == (env_id, k)]
         column[0].set_title(f"{env_id}, K = {k}")
@@ -296,7 +317,8 @@ def grid(plt, rows: list[dict], path: Path) -> None:
         last = [r for r in chosen if r["step"] == final[r["script"], r["seed"]]]
         panel(column[1], growth_by_step(last, ["script"], "grad_norm"), (), "at the end of training")
         for name, seed in sorted(final):
-            norms = {(r["step"], r["i"]): r["grad_norm"] for r in chosen if (r["script"], r["seed"]) == (name, seed)}
+            of_run = [row for row in chosen if (row["script"], row["seed"]) == (name, seed)]
+            norms = {(row["step"], row["i"]): row["grad_norm"] for row in of_run}
             steps = sorted({step for step, _ in norms})
             growth = [norms[step, 0] / norms[step, k] for step in steps]
             label = NAMES[name] if seed == min(s for n, s in final if n == name) else None
@@ -339,7 +361,8 @@ def main() -> None:
 
     largest = max(args.flow_steps)
     curves = growth_by_step(tables["init"], ["script", "K", "weight_scale"], "grad_norm")
-    figure, axes = plt.subplots(1, len(args.weight_scales), figsize=(4 * len(args.weight_scales), 3.4), sharey=True)
+    columns = len(args.weight_scales)
+    figure, axes = plt.subplots(1, columns, figsize=(4 * columns, 3.4), sharey=True)
     for axis, scale in zip(figure.axes, args.weight_scales, strict=True):
         panel(axis, curves, (largest, scale), f"weights x {scale:g}, K = {largest}")
     figure.axes[0].set_ylabel(RELATIVE)

@@ -76,10 +76,15 @@ class Clock:
     """Adds up the time that a script's functions take, by part of the step."""
 
     def __init__(self, job: dict):
-        self.seconds, self.warm_up = job["seconds"], job["learning_starts"] + job["warm_up"]
+        self.seconds = job["seconds"]
+        self.warm_up = job["learning_starts"] + job["warm_up"]  # steps
         self.limit = job["steps"]  # or None
-        self.spent, self.first_calls, self.steps, self.part = dict.fromkeys(PARTS, 0.0), {}, 0, None
-        self.first_step = self.measured_from = None
+        self.spent = dict.fromkeys(PARTS, 0.0)
+        self.first_calls = {}
+        self.steps = 0
+        self.part = None
+        self.first_step = None
+        self.measured_from = None
         self.cuda = job["device"] == "cuda"
 
     def timed(self, part, function):
@@ -106,7 +111,8 @@ class Clock:
         now = time.perf_counter()
         self.first_step = self.first_step or now
         if self.steps == self.warm_up:
-            self.measured_from, self.spent = now, dict.fromkeys(PARTS, 0.0)
+            self.measured_from = now
+            self.spent = dict.fromkeys(PARTS, 0.0)
         elif self.measured_from and (now - self.measured_from > self.seconds or self.steps == self.limit):
             self.elapsed = now - self.measured_from
             raise Measured
@@ -132,7 +138,8 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
         flags = [*flags, "--eval-every", "0"]
     learning_starts = "--learning-starts" if hasattr(script.Args, "learning_starts") else "--random-steps"
     flags = [*flags, learning_starts, str(job["learning_starts"])]
-    make_env, find_compiler = script.make_env, script.find_compiler
+    make_env = script.make_env
+    find_compiler = script.find_compiler
     kind = "gradients" if hasattr(script, "critic_gradients") else "loss"  # the oldest versions: the forward pass alone
     losses = {f"{part}_{kind}": part for part in ("critic", "actor")}
     step = "apply_gradients" if hasattr(script, "apply_gradients") else "descend"
@@ -152,7 +159,8 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
         compile = find_compiler(device)
         return lambda function: clock.timed(losses.get(function.__name__, "act"), compile(function))
 
-    script.make_env, script.find_compiler = clocked_env, clocked_compiler
+    script.make_env = clocked_env
+    script.find_compiler = clocked_compiler
     if "--no-compile" in flags and hasattr(script, "with_gradients"):  # a rollout of one is then part of the rest
         with_gradients = script.with_gradients
         script.with_gradients = lambda loss, network: clock.timed(losses[loss.__name__], with_gradients(loss, network))
@@ -172,7 +180,8 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
             def __call__(self):
                 self.replay()
 
-        script.find_compiler, script.CudaGraph = find_compiler, Graph
+        script.find_compiler = find_compiler
+        script.CudaGraph = Graph
     sys.argv = [job["script"], *flags]
     try:
         script.main()
@@ -217,11 +226,13 @@ def child(job: dict) -> None:
             run_script(job, [*flags, "--no-compile", "--no-cuda"], count)
         flop = (totals[1] - totals[0]) / 6
 
-    width, batch = (int(value_of(flags, name) or 256) for name in ("--critic-dim", "--batch-size"))
+    width = int(value_of(flags, "--critic-dim") or 256)
+    batch = int(value_of(flags, "--batch-size") or 256)
     if precision := getattr(sys.modules[job["script"]], "matmul_precision", None):  # the oldest versions: "highest"
         bf16 = ["--bf16" in flags][: precision.__code__.co_argcount - 1]  # a flag of older versions
         torch.set_float32_matmul_precision(precision(torch.device(job["device"]), *bf16))
-    x, w = (torch.randn(rows, width, device=job["device"]) for rows in (2 * batch, width))
+    x = torch.randn(2 * batch, width, device=job["device"])
+    w = torch.randn(width, width, device=job["device"])
     best = float("inf")
     for _ in range(30):
         start = time.perf_counter()
@@ -234,11 +245,19 @@ def child(job: dict) -> None:
 
     sps = steps / clock.elapsed
     row = dict(
-        script=job["script"], configuration=job["name"], device=job["device"], cores=len(job["cores"]),
-        steps_per_s=round(sps, 1), limit_steps_per_s=round(rate / flop, 1), fraction=round(sps * flop / rate, 2),
-        mflop_per_step=round(flop / 1e6), gflop_per_s=round(rate / 1e9), start_s=round(clock.first_step - started, 1),
-        compile_s=round(sum(clock.first_calls.values()), 1), peak_mib=round(peak),
-    )  # fmt: skip
+        script=job["script"],
+        configuration=job["name"],
+        device=job["device"],
+        cores=len(job["cores"]),
+        steps_per_s=round(sps, 1),
+        limit_steps_per_s=round(rate / flop, 1),
+        fraction=round(sps * flop / rate, 2),
+        mflop_per_step=round(flop / 1e6),
+        gflop_per_s=round(rate / 1e9),
+        start_s=round(clock.first_step - started, 1),
+        compile_s=round(sum(clock.first_calls.values()), 1),
+        peak_mib=round(peak),
+    )
     for part, spent in {**clock.spent, "rest": rest}.items():
         row[f"{part}_ms"] = round(1000 * spent / steps, 2)
     print(json.dumps(row))

@@ -110,7 +110,9 @@ def speed_of(folder: Path) -> float:
     rows = [row for row in read(folder / "returns.csv", "step", "seconds") if row[0] >= start]
     if len(rows) < 2 or rows[-1][1] <= rows[0][1]:
         fail(f"{folder}: too short to time: it needs episodes well after step {start}")
-    return (rows[-1][0] - rows[0][0]) / (rows[-1][1] - rows[0][1])
+    steps = rows[-1][0] - rows[0][0]
+    seconds = rows[-1][1] - rows[0][1]
+    return steps / seconds
 
 
 def table(runs: dict[str, list[tuple[Optional[float], float]]], speeds: dict[str, float]) -> str:
@@ -120,7 +122,8 @@ def table(runs: dict[str, list[tuple[Optional[float], float]]], speeds: dict[str
         ordered = sorted((reached is None, reached or length) for reached, length in seeds)
         steps = [f"{'> ' if never else ''}{step:.0f}" for never, step in ordered]
         minutes = [f"{'> ' if never else ''}{step / speeds[name] / 60:.1f}" for never, step in ordered]
-        (_, low), (never, high) = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+        _, low = ordered[(len(ordered) - 1) // 2]
+        never, high = ordered[len(ordered) // 2]
         middle = f"> {low / speeds[name] / 60:.1f}" if never else f"{(low + high) / 2 / speeds[name] / 60:.1f}"
         lines.append(f"| {name} | {speeds[name]:.1f} | {', '.join(steps)} | {', '.join(minutes)} | {middle} |")
     return "\n".join(lines)
