@@ -235,11 +235,14 @@ class Style:
 
     def __init__(self, runs: list[Run]):
         self.lines = {}  # name -> arguments of plot
+        colors = {algorithm: (color, 0) for algorithm, color in records.COLORS.items()}
         others = sorted({run.algorithm for run in runs} - set(records.COLORS))
-        colors = records.COLORS | dict(zip(others, itertools.cycle(records.OTHER_COLORS), strict=False))
-        for algorithm, color in colors.items():
+        for i, algorithm in enumerate(others):
+            used_up, color = divmod(i, len(records.OTHER_COLORS))  # then the same colours again, in other dashes
+            colors[algorithm] = records.OTHER_COLORS[color], used_up
+        for algorithm, (color, first) in colors.items():
             names = sorted({run.name for run in runs if run.algorithm == algorithm})
-            for i, name in enumerate(names):
+            for i, name in enumerate(names, first):
                 shade, dashes = divmod(i, len(records.DASHES))
                 weight = 0.6**shade  # of the colour; the rest is white
                 mixed = weight * np.array(matplotlib.colors.to_rgb(color)) + (1 - weight)

@@ -30,10 +30,16 @@ NAMES = {  # what names of files, folders and scripts hold -> the algorithm
 }
 ABLATION = {  # the variants of controls/ablation.py
     "plain": "Plain flow",
+    "sigma": "Plain flow, sigma(s, A, t)",
+    "renorm": "Plain flow, BatchRenorm(s, A)",
+    "time": "Plain flow, BatchRenorm(s, A, t)",
     "authors": "Authors' plain flow",
+    "clipped": "Plain flow, backward pass limited",
     "authors-clipped": "Authors' plain flow, backward pass limited",
     "authors-no-time": "Authors' plain flow, t beside BatchRenorm",
     "flow-g": "Flow-G",
+    "flow-g-renorm": "Flow-G, BatchRenorm(s, A)",
+    "flow-g-time": "Flow-G, BatchRenorm(s, A, t)",
 }
 SCRIPTS = ("sac_flow_g", "sac_flow_t", "sac_flow_naive", "sac_gaussian", "ablation", "train_sbx")
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.

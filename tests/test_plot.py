@@ -128,6 +128,18 @@ def test_profile(drawn):
     assert np.interp([0.1, 0.3, 0.5, 0.9], x, y).tolist() == [1, 0.75, 0.25, 0]
 
 
+def test_every_name_has_a_line_of_its_own():
+    """However many there are; and every variant of the ablation has a name."""
+    import ablation
+
+    assert set(records.ABLATION) == set(ablation.VARIANTS)
+    names = [*records.ABLATION.values(), "Flow-T", "Gaussian", "Theirs", "Mine"]
+    runs = [records.Run(Path(), "E", name, [], 1, *2 * [np.array([1.0])]) for name in names]
+    runs += [records.Run(Path(), "E", "Flow-G", [f"K={k}"], 1, *2 * [np.array([1.0])]) for k in range(5)]
+    lines = plot.Style(runs).lines.values()
+    assert len(lines) == len(names) + 5 == len({(line["color"], line["linestyle"]) for line in lines})
+
+
 def test_score_and_its_end():
     """The last tenth of the steps that half or more of each group's runs reached; one that stopped is not counted."""
 
