@@ -51,6 +51,7 @@ import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial, wraps
+from itertools import pairwise
 from pathlib import Path
 from traceback import format_exception
 from typing import Literal, NoReturn, Optional
@@ -66,6 +67,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+EPISODE = "sac_flow_episode"  # an episode's return and length in its last info; "episode" may be taken
 LOSSES = (
     "qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy", "alpha_log_prob",
 )  # fmt: skip
@@ -102,7 +104,7 @@ class Args:
     seed: int = 1
     """seed of every random generator"""
     offline_steps: int = 5_000
-    """updates on the data alone, before the environment is first used"""
+    """updates on the data alone, before the policy acts in the environment"""
     online_steps: int = 10_000
     """environment steps after them"""
     eval_every: int = 5_000
@@ -431,8 +433,8 @@ class Actor(nn.Module):
         log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log(1 - tanh(A_{K,d})^2),
         the density of A_0 to A_{K-1} and of the action in [-1, 1], so that the unit of actions changes nothing.
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians. Returns action (B, D) in the environment's units,
-        log_prob (B,), and the path, the list of A_0 to A_K, (B, D) each (A_0 is a graph node only if noise requires
-        grad). log_prob is log p_c if the entropy is the path's, else its last step's part, log p(action | A_{K-1}, s).
+        log_prob (B,) = log p_c, and the path, the list of A_0 to A_K, (B, D) each (A_0 is a graph node only if noise
+        requires grad).
         Raises ValueError for other shapes.
         """
         expected = (self.flow_steps + 1, obs.shape[0], self.action_dim)
@@ -830,8 +832,8 @@ def main() -> None:
                 score(run, choose, env, eval_env, device)
             if done and run.should_save():
                 save()
-            if done and run.interrupted:
-                break
+                if run.interrupted:
+                    break
         if progress.step == total:
             save()
     run.say_where()
@@ -877,9 +879,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def in_digits(word: str) -> str:
-    """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; any other word stays."""
+def in_digits(word: str, before: str) -> str:
+    """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; not in names, whose flag is `before`."""
     start, equals, number = word.rpartition("=")
+    if re.match("--(run.name|resume|evaluate|dataset)", start or before):
+        return word
     with contextlib.suppress(ValueError):
         if "e" in number and float(number).is_integer():
             return f"{start}{equals}{float(number):.0f}"
@@ -909,7 +913,7 @@ def read_flags(kind: type, description: str, **options):
 
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
-    argv = [in_digits(word) for word in sys.argv[1:]]
+    argv = [in_digits(word, before) for before, word in pairwise(sys.argv)]
     args = read_flags(Args, __doc__, args=argv)
     checkpoint = None
     if args.resume and args.evaluate:
@@ -949,7 +953,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         args.sparse = "-singletask" in args.env_id and task.startswith(("scene", "puzzle-3x3"))
 
     rules = [
-        ("resume|evaluate|run_name", lambda name: name != "", "a name (a shell variable was empty?)"),
+        ("resume|evaluate|run_name|dataset", lambda name: name != "", "a name (a shell variable was empty?)"),
         ("seed|offline_steps|online_st.*", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
         ("collect", lambda n: n is None or 0 <= n < 2**32, "0 or more, and below 2^32"),
         ("batch_size", lambda n: 1 <= n <= args.buffer_size, f"from 1 to --buffer-size {args.buffer_size}"),
@@ -968,6 +972,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
                 fail(f"{flag(name)} must be {requirement}, not {value!r}")
     if args.capture_video and not args.evaluate:
         fail("--capture-video goes with --evaluate")
+    if args.track and args.evaluate:
+        fail("--track goes with training: drop the flag")
     if args.offline_steps + args.online_steps == 0:
         fail("--online-steps must be above 0 if --offline-steps is 0")
     if 0 < args.online_steps <= args.online_start:
@@ -1136,6 +1142,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
             lock(self.lock)
+            if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
+                fail(f"{self.folder} was continued by another process in the meantime: give the command again")
             flags = json.dumps(asdict(args) | {"files": self.progress.files}, indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -1179,7 +1187,8 @@ class Run:
 
     def on_signal(self, number, frame) -> None:
         self.interrupted = number
-        signal.signal(number, signal.SIG_DFL)
+        for either in self.handlers:
+            signal.signal(either, signal.SIG_DFL)
         tqdm.write("stopping at the end of this episode; a second Ctrl-C or kill stops at once", file=sys.stderr)
 
     def seconds(self) -> float:
@@ -1243,7 +1252,7 @@ class Run:
 
     def end_episode(self, info: dict) -> None:
         """Note the end of an episode; `info` is that of its last step."""
-        episode = info["episode"]
+        episode = info[EPISODE]
         self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.write_row("returns.csv", float(episode["r"]), episode["l"], succeeded(info))
 
@@ -1327,6 +1336,7 @@ def load(path: Path, key: str) -> dict:
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError(damaged)
@@ -1341,6 +1351,7 @@ def load(path: Path, key: str) -> dict:
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
+    state["written"] = written
     with explained(f"{path} was altered, or written by another version of {SCRIPT}"):
         Progress(**state.get("progress", {}))
     return state
@@ -1376,7 +1387,7 @@ def play(args: Args, policy: dict) -> None:
     env = rescaled(env, actor) if args.rescale_actions else env
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
-    with env, explained(f"--evaluate {path}"):
+    with explained(f"--evaluate {path}"), env:
         for kind in ("deterministic", "stochastic"):
             seed_random(args.seed)
             act = partial(choose, deterministic=kind == "deterministic")
@@ -1455,7 +1466,8 @@ def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = Fals
         seen.var = state["var"].numpy().copy()
         seen.count = state["count"]
         wrapper.discounted_reward = np.array([state["discounted"]])
-        wrapper.update_running_mean = not frozen
+        if frozen:
+            wrapper.update_running_mean = False
 
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
@@ -1655,7 +1667,7 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
         endless = package != "robosuite" and env.spec.max_episode_steps is None
         if endless:  # an endless episode would put off checkpoints, too
             env = gym.wrappers.TimeLimit(env, 10_000)
-        env = gym.wrappers.RecordEpisodeStatistics(env)
+        env = gym.wrappers.RecordEpisodeStatistics(env, stats_key=EPISODE)
         if isinstance(env.observation_space, gym.spaces.Dict):
             env = gym.wrappers.FlattenObservation(env)  # outermost, where `data_space` finds it
     obs = env.observation_space
@@ -1696,7 +1708,8 @@ def rescaled(env: gym.Env, actor: Actor) -> gym.Env:
 
 def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
     """Write episodes to MP4 files in `folder`/videos: those that `episodes` names, else gymnasium's choice."""
-    return gym.wrappers.RecordVideo(env, str(folder / "videos"), episodes, name_prefix=prefix, disable_logger=True)
+    with explained(f"--capture-video: cannot write to {folder / 'videos'}"):
+        return gym.wrappers.RecordVideo(env, str(folder / "videos"), episodes, name_prefix=prefix, disable_logger=True)
 
 
 def collect(args: Args, looked: list[Path], advice: str) -> Path:
@@ -2060,15 +2073,17 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     lengths = []
     successes = []
     for start in np.random.SeedSequence(seed).generate_state(episodes):
-        obs, info = env.reset(seed=int(start))
+        obs, _ = env.reset(seed=int(start))
         queue = []
-        while "episode" not in info:  # until it is over
+        done = False
+        while not done:
             if not queue:
                 queue = list(act(to_obs(obs)).reshape(-1, env.action_space.low.size))
             action = to_action(queue.pop(0), env.action_space)
-            obs, *_, info = env.step(action)
-        returns.append(float(info["episode"]["r"]))
-        lengths.append(info["episode"]["l"])
+            obs, _, terminated, truncated, info = env.step(action)
+            done = terminated or truncated
+        returns.append(float(info[EPISODE]["r"]))
+        lengths.append(info[EPISODE]["l"])
         successes.append(succeeded(info))
     known = not np.isnan(successes).all()  # some environments report nothing but successes
     rate = np.nansum(successes) / episodes if known else math.nan

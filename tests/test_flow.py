@@ -461,13 +461,14 @@ def test_default_target_entropy_is_that_of_one_sigma_whatever_k_is(script, k, sc
 
 
 @pytest.mark.parametrize("k", [1, 4, 5, 16, 100])
-def test_default_target_of_the_last_step_asks_for_one_sigma_from_four_steps_on(script, k):
-    """-1 per dimension up to K = 4, where sigma 0.36 meets it; below what a policy can reach for any K."""
-    actor = script.Actor(5, LOW, HIGH, flow_steps=k)
+@pytest.mark.parametrize("score_step, sigma", [("exponential", 0.36), ("euler", 0.178), ("none", 0.178)])
+def test_default_target_of_the_last_step_asks_for_one_sigma_from_four_steps_on(script, k, score_step, sigma):
+    """-1 per dimension up to K = 4, where this sigma meets it; below what a policy can reach for any K."""
+    actor = script.Actor(5, LOW, HIGH, flow_steps=k, score_step=score_step)
     assert actor.target_entropy == -3 if k <= 4 else actor.target_entropy < -3
     assert actor.target_entropy < actor.largest_entropy() - 3
     if k >= 4:
-        assert actor.target_entropy == pytest.approx(actor.largest_entropy(sigma=0.36), abs=0.05)
+        assert actor.target_entropy == pytest.approx(actor.largest_entropy(sigma=sigma), abs=0.05)
 
 
 # --- the actor, copied ---

@@ -391,7 +391,7 @@ def test_can_and_square(task):
     env = script.RobosuiteEnv(task)
     env.horizon = 200
     actor = script.Actor(23, env.action_space.low, env.action_space.high, sigma_dim=16).requires_grad_(False)
-    env = gym.wrappers.RecordEpisodeStatistics(env)
+    env = gym.wrappers.RecordEpisodeStatistics(env, stats_key=script.EPISODE)
     scores = script.evaluate(lambda obs: actor.act(torch.from_numpy(obs)[None])[0].numpy(), env, 1, seed=0)
     assert (scores["success_rate"], scores["return"], scores["length"]) == (0, -200, 200)
 
@@ -490,7 +490,7 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse(["--env-id", "tests/missing-v0", "--dataset", pendulum], "tests/missing-v0", "collect.py", "--policy")
     refuse(["--env-id", "nonsense"], "--env-id nonsense: no such task; there are lift, can, square")
     refuse(["--env-id", "cube-single-play-v0"], "no such task", "singletask")
-    for flag in ("--resume", "--evaluate", "--run-name"):
+    for flag in ("--resume", "--evaluate", "--run-name", "--dataset"):
         refuse([flag, ""], f"{flag} must be a name")
     refuse([*data, "--critic-lr", "inf"], "--critic-lr must be above 0 and finite")
     refuse([*data, "--chunk", 10_000], "--chunk 10000", "at most")

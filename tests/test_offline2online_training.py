@@ -231,7 +231,8 @@ def test_evaluation_plays_whole_chunks_from_seeds_of_their_own():
         seen.append(obs)
         return np.array([0.1, 0.2, 0.3, 0.4, 9.0, 0.6], np.float32)  # 9 is clipped to 2
 
-    scores = script.evaluate(act, gym.wrappers.RecordEpisodeStatistics(recorder), 4, seed=11)
+    counted = gym.wrappers.RecordEpisodeStatistics(recorder, stats_key=script.EPISODE)
+    scores = script.evaluate(act, counted, 4, seed=11)
     assert len(set(recorder.seeds)) == 4
     chunk, rows = [[0.1, 0.2], [0.3, 0.4], [2.0, 0.6]], np.array(recorder.rows)
     assert len(rows) == 7 + 5 + 7 + 5 and len(seen) == 3 + 2 + 3 + 2
@@ -246,7 +247,7 @@ def test_an_episode_that_says_nothing_of_success_was_none_if_another_does(monkey
     """Some environments have `success` in their last info only when there was one."""
     told = iter([1.0, math.nan, math.nan, 1.0, 1.0])
     monkeypatch.setattr(script, "succeeded", lambda info: next(told))
-    env = gym.wrappers.RecordEpisodeStatistics(tiny_envs.Recorded())
+    env = gym.wrappers.RecordEpisodeStatistics(tiny_envs.Recorded(), stats_key=script.EPISODE)
     scores = script.evaluate(lambda obs: np.zeros(6, np.float32), env, 5, seed=11)
     assert scores["success_rate"] == 0.6
     assert (scores["success_low"], scores["success_high"]) == script.success_interval(3, 5)

@@ -230,12 +230,28 @@ def test_an_evaluations_error_is_that_of_the_sample(script):
     """The root of the sample's variance over the episodes: of returns 1, 2 and 6 that is sqrt(7 / 3); of one, 0."""
     ends = iter([1.0, 2.0, 6.0, 5.0])
     space = SimpleNamespace(shape=(1,), low=-1, high=1, dtype="float32")
-    step = lambda action: (0, 0, True, False, {"episode": {"r": next(ends), "l": 1}})  # noqa: E731
+    step = lambda action: (0, 0, True, False, {script.EPISODE: {"r": next(ends), "l": 1}})  # noqa: E731
     env = SimpleNamespace(reset=lambda seed: (0, {}), step=step, action_space=space)
     act = lambda obs: torch.zeros(1).numpy()  # noqa: E731
     scores = script.evaluate(act, env, 3, seed=0)
     assert scores["return"] == 3 and scores["return_error"] == pytest.approx((7 / 3) ** 0.5)
     assert script.evaluate(act, env, 1, seed=0)["return_error"] == 0
+
+
+def test_without_evaluations_there_is_one_environment(script, main, monkeypatch):
+    """It may be a robot."""
+    made = []
+    make_env = script.make_env
+    monkeypatch.setattr(script, "make_env", lambda *args: made.append(args) or make_env(*args))
+    main(script, *PENDULUM, "--total-timesteps", 110, "--eval-every", 0)
+    assert len(made) == 1
+
+
+def test_episodes_that_the_environment_counts_itself(script, main):
+    flags = ["--env-id", "tiny_envs:Episodic-v0", "--learning-starts", 15, "--total-timesteps", 30, "--eval-every", 20]
+    folder = main(script, *flags, *SMALL)
+    assert [row[2] for row in returns(folder)[1:]] == 3 * ["10"]
+    assert [row[4] for row in returns(folder, "eval.csv")[1:]] == 3 * ["10"]
 
 
 def test_evaluation_takes_no_time_of_the_run_and_keeps_the_best_policy(script, main, monkeypatch):
@@ -406,6 +422,9 @@ def test_statistics_of_normalising_wrappers_are_part_of_a_run(script, main, monk
     env.reset()
     env.step(env.action_space.sample())
     assert_same(script.running_statistics(env)[1], seen[1])
+    script.set_running_statistics(env, seen)  # as a resumed run does: what the environment froze stays frozen
+    env.step(env.action_space.sample())
+    assert_same(script.running_statistics(env)[1], seen[1])
 
 
 def test_evaluations_at_a_checkpoints_step_are_kept(script, main):
@@ -428,6 +447,8 @@ def test_a_tracked_run_is_tracked_when_resumed(script, main, monkeypatch):
     main(script, "--evaluate", folder)
     assert [(call["id"], call["resume"]) for call in calls] == 2 * [(folder.name, "allow")]
     main(script, "--resume", folder, "--total-timesteps", 140, "--no-track")
+    with pytest.raises(SystemExit):
+        main(script, "--evaluate", folder, "--track")
     assert len(calls) == 2
 
 
@@ -447,7 +468,24 @@ def test_stopped_run_saves_at_the_end_of_the_episode(run, name, tmp_path, number
     assert run("--resume", folder, "--total-timesteps", step + 50).returncode == 0
 
 
-def test_second_signal_stops_at_once(tmp_path):
+def test_a_signal_just_before_the_next_episode_is_heeded_at_its_end(script, main, monkeypatch, capsys):
+    """Not before its checkpoint is written."""
+    should_save = script.Run.should_save
+
+    def interrupted_afterwards(self):
+        due = should_save(self)
+        self.interrupted = signal.SIGINT
+        return due
+
+    monkeypatch.setattr(script.Run, "should_save", interrupted_afterwards)
+    with pytest.raises(SystemExit) as error:
+        main(script, "--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, "--total-timesteps", 60, *SMALL)
+    assert error.value.code == 128 + signal.SIGINT and "stopped at step 20; resume with" in capsys.readouterr().out
+    assert checkpoint(the_run(Path()))["step"] == 20
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_stops_at_once(tmp_path, second):
     """Within an episode of 10 000 steps, which no environment with that name ends."""
     flags = ["--env-id", "tiny_envs:Endless-v0", "--total-timesteps", 200_000, "--learning-starts", 100_000, *SMALL]
     process = subprocess.Popen(command("sac_flow_g", *flags), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -458,9 +496,12 @@ def test_second_signal_stops_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and "at the end of this episode" in stderr and "Traceback" not in stderr
+    process.send_signal(second)
+    try:
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -second and "at the end of this episode" in stderr and "Traceback" not in stderr
 
 
 def test_endless_episodes_are_truncated(run, tmp_path):
@@ -490,7 +531,7 @@ def test_a_limit_that_the_script_sets_is_said_once(name, capsys):
 @pytest.mark.parametrize("name", [*SCRIPTS, "sac_flow_offline2online"])
 def test_evaluations_of_two_seeds_share_no_start(name):
     script = importlib.import_module(name)
-    env = gym.wrappers.RecordEpisodeStatistics(gym.make("Home-v0", max_episode_steps=1))
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make("Home-v0", max_episode_steps=1), stats_key=script.EPISODE)
     starts = {}
 
     def act(obs):
@@ -507,10 +548,32 @@ def test_evaluations_of_two_seeds_share_no_start(name):
     assert starts[0][:3] == starts[6]  # the first of many are those of few
 
 
-def test_an_environment_that_cannot_be_shown_is_played_unseen(script, monkeypatch):
+@pytest.mark.parametrize("env_id", ["Home-v0", "Windowless-v0"])  # the first takes no render_mode
+def test_an_environment_that_cannot_be_shown_is_played_unseen(script, monkeypatch, capsys, env_id):
     monkeypatch.setenv("DISPLAY", ":99")
-    env = script.make_env("Home-v0", 5, "human")  # it takes no render_mode
+    env = script.make_env(env_id, 5, "human")
     env.reset(seed=0)
+    with pytest.raises(SystemExit):  # a video of it is another matter
+        script.make_env(env_id, 5, "rgb_array")
+    assert f"error: --env-id {env_id}: " in capsys.readouterr().err
+
+
+def test_videos_that_cannot_be_written_are_a_line(script, tmp_path, capsys):
+    pytest.importorskip("moviepy")
+    (tmp_path / "videos").write_text("")
+    with pytest.raises(SystemExit):
+        script.record_videos(gym.make("Recorded-v0", render_mode="rgb_array"), tmp_path, "training")
+    assert f"--capture-video: cannot write to {tmp_path / 'videos'}: " in capsys.readouterr().err
+
+
+def test_both_kinds_of_a_saved_policys_episodes_start_alike(script, main, monkeypatch):
+    """As in the run's own evaluations, where the environment draws from a global generator, too."""
+    folder = main(script, "--env-id", "tiny_envs:Dice-v0", "--learning-starts", 15, "--total-timesteps", 30, *SMALL)
+    rolls = []
+    evaluate = script.evaluate
+    monkeypatch.setattr(script, "evaluate", lambda *args: rolls.append(np.random.get_state()[1]) or evaluate(*args))
+    main(script, "--evaluate", folder)
+    assert len(rolls) == 2 and (rolls[0] == rolls[1]).all()
 
 
 def test_an_error_while_playing_is_a_line(script, main, monkeypatch, capsys):
@@ -525,6 +588,12 @@ def test_an_error_while_playing_is_a_line(script, main, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         main(script, "--evaluate", folder)
     assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"error: --evaluate {folder}: the arm fell off")
+    monkeypatch.undo()
+    monkeypatch.setattr(gym.Wrapper, "close", evaluate)  # after all has been printed
+    with pytest.raises(SystemExit):
+        main(script, "--evaluate", folder)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"error: --evaluate {folder}: the arm fell off")
 
@@ -618,6 +687,14 @@ def assert_refused(done, *words):
         ("--eval-episodes 0", "--eval-episodes"),
         ("--actor-average 1", "--actor-average"),
         ("--target-entropy 100", "--target-entropy must be at most"),
+        (
+            "--no-autotune --target-entropy -3 --total-timesteps 5001",
+            "--target-entropy must be left out with --no-autotune, not -3",
+        ),
+        (
+            "--no-crossq --renorm-warmup 5 --total-timesteps 5001",
+            "--renorm-warmup must be left out with --no-crossq, not 5",
+        ),
         ("--resume a --evaluate b", "exclude"),
         ("--buffer-size 1000000000000000", "--buffer-size"),
     ],
@@ -651,6 +728,9 @@ def test_numbers_as_people_write_them(script, monkeypatch):
     args, _ = script.parse_args()
     assert (args.total_timesteps, args.buffer_size, args.seed) == (1_000_000, 250_000, 10)
     assert (args.alpha, args.env_id) == (1e-3, "e3")
+    for flags in (["--run-name", "1234e5"], ["--run-name=1234e5"], ["--run_name", "1234e5"]):  # a commit's, say
+        monkeypatch.setattr("sys.argv", ["script", *flags])
+        assert script.parse_args()[0].run_name == "1234e5"
 
 
 def test_run_name(run, tmp_path):
@@ -661,6 +741,19 @@ def test_run_name(run, tmp_path):
     assert (tmp_path / "runs/a/b/returns.csv").read_bytes() == before
     assert run("--resume", "runs/a/b", "--total-timesteps", 130).returncode == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+
+
+def test_a_run_that_went_on_meanwhile_is_not_set_back(script, main, monkeypatch, capsys):
+    """Two are to resume it; the second has read the checkpoint before the first writes another."""
+    folder = main(script, *PENDULUM, "--total-timesteps", 110)
+    monkeypatch.setattr("sys.argv", ["script", "--resume", str(folder), "--total-timesteps", "150"])
+    args, old = script.parse_args()
+    main(script, "--resume", folder, "--total-timesteps", 130)
+    before = (folder / "returns.csv").read_bytes()
+    with pytest.raises(SystemExit):
+        script.Run(args, args.total_timesteps, old)
+    assert f"{folder} was continued by another process" in capsys.readouterr().err
+    assert (folder / "returns.csv").read_bytes() == before and checkpoint(folder)["step"] == 130
 
 
 def test_a_run_that_is_training_is_not_resumed(run, name, tmp_path):

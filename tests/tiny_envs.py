@@ -6,7 +6,7 @@ import time
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.wrappers import NormalizeObservation, NormalizeReward
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
 
 
 class Scripted(gym.Env):
@@ -118,6 +118,23 @@ class Absent(Home):
         raise RuntimeError("robot not connected\nand much more")
 
 
+class Episodic(Home):
+    """`Home` that counts its episodes under a name that gymnasium's wrapper takes, too."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = super().reset(seed=seed)
+        return obs, {"episode": 3}
+
+
+class Windowless(Home):
+    """`Home` that cannot be drawn, and says so as gymnasium's own environments do."""
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, render_mode=None):
+        assert render_mode is None or render_mode in self.metadata["render_modes"]
+
+
 class InPlace(Home):
     """`Home` whose observation is one float32 array, changed in place, as careless environments do."""
 
@@ -158,6 +175,8 @@ for bad in ("RuntimeError", "OSError", "AssertionError", "SystemExit", "values",
 gym.register("Home-v0", "tiny_envs:Home")  # by name, as Minari needs it
 gym.register("Recorded-v0", "tiny_envs:Recorded")
 gym.register("Normalized-v0", lambda: NormalizeReward(NormalizeObservation(Home())), max_episode_steps=9)
+gym.register("Episodic-v0", lambda: RecordEpisodeStatistics(Episodic()))
+gym.register("Windowless-v0", Windowless)
 gym.register("Dice-v0", Dice)
 gym.register("InPlace-v0", InPlace)
 gym.register("Absent-v0", Absent, max_episode_steps=9)

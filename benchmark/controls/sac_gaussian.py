@@ -40,6 +40,7 @@ import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial, wraps
+from itertools import pairwise
 from pathlib import Path
 from traceback import format_exception
 from typing import Literal, NoReturn, Optional
@@ -55,6 +56,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+EPISODE = "sac_flow_episode"  # an episode's return and length in its last info; "episode" may be taken
 LOSSES = ("qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy")
 
 
@@ -428,7 +430,7 @@ def main() -> None:
         return play(args, checkpoint)
     device = torch.device("cuda" if args.cuda else "cpu")
     env = make_env(args.env_id, args.max_episode_steps, "rgb_array" if args.capture_video else None)
-    eval_env = make_env(args.env_id, args.max_episode_steps)
+    eval_env = make_env(args.env_id, args.max_episode_steps) if args.eval_every else contextlib.nullcontext()
     seed_random(args.seed)
     actor, average, critics, targets, buffer = make_networks(args, env, device)
     log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
@@ -541,8 +543,8 @@ def main() -> None:
                 run.end_episode(info)
                 if run.should_save():
                     save()
-                if run.interrupted:
-                    break
+                    if run.interrupted:
+                        break
         if progress.step == args.total_timesteps:
             save()
             if args.eval_every:
@@ -593,9 +595,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def in_digits(word: str) -> str:
-    """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; any other word stays."""
+def in_digits(word: str, before: str) -> str:
+    """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; not in names, whose flag is `before`."""
     start, equals, number = word.rpartition("=")
+    if re.match("--(run.name|resume|evaluate|dataset)", start or before):
+        return word
     with contextlib.suppress(ValueError):
         if "e" in number and float(number).is_integer():
             return f"{start}{equals}{float(number):.0f}"
@@ -625,7 +629,7 @@ def read_flags(kind: type, description: str, **options):
 
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
-    argv = [in_digits(word) for word in sys.argv[1:]]
+    argv = [in_digits(word, before) for before, word in pairwise(sys.argv)]
     args = read_flags(Args, __doc__, args=argv)
     checkpoint = None
     if args.resume and args.evaluate:
@@ -671,6 +675,9 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         ("adam_b1|actor_average", lambda x: 0 <= x < 1, "in [0, 1)"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
+        ("target_entropy", lambda x: x is None or args.autotune, "left out with --no-autotune"),
+        ("renorm_warmup", lambda n: n is None or args.crossq, "left out with --no-crossq"),
+        ("track", lambda on: not (on and args.evaluate), "left out with --evaluate"),
         ("cuda", lambda on: torch.cuda.is_available() or not on, "off: this torch finds no CUDA device; use --no-cuda"),
     ]
     for names, holds, requirement in rules:
@@ -777,6 +784,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
             lock(self.lock)
+            if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
+                fail(f"{self.folder} was continued by another process in the meantime: give the command again")
             flags = json.dumps(asdict(args), indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -820,7 +829,8 @@ class Run:
 
     def on_signal(self, number, frame) -> None:
         self.interrupted = number
-        signal.signal(number, signal.SIG_DFL)
+        for either in self.handlers:
+            signal.signal(either, signal.SIG_DFL)
         tqdm.write("stopping at the end of this episode; a second Ctrl-C or kill stops at once", file=sys.stderr)
 
     def seconds(self) -> float:
@@ -884,7 +894,7 @@ class Run:
 
     def end_episode(self, info: dict) -> None:
         """Note the end of an episode; `info` is that of its last step."""
-        episode = info["episode"]
+        episode = info[EPISODE]
         self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.write_row("returns.csv", float(episode["r"]), episode["l"])
 
@@ -973,6 +983,7 @@ def load(path: Path, key: str) -> dict:
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError(damaged)
@@ -987,6 +998,7 @@ def load(path: Path, key: str) -> dict:
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
+    state["written"] = written
     with explained(f"{path} was altered, or written by another version of {SCRIPT}"):
         Progress(**state.get("progress", {}))
     return state
@@ -1020,9 +1032,9 @@ def play(args: Args, policy: dict) -> None:
         set_running_statistics(env, policy["statistics"], frozen=True)
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
-    seed_random(args.seed)
-    with env, explained(f"--evaluate {path}"):
+    with explained(f"--evaluate {path}"), env:
         for kind in ("deterministic", "stochastic"):
+            seed_random(args.seed)
             act = partial(choose, deterministic=kind == "deterministic")
             print(f"{kind}: {describe(evaluate(act, env, args.eval_episodes, args.seed))}", flush=True)
 
@@ -1101,7 +1113,8 @@ def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = Fals
         seen.var = state["var"].numpy().copy()
         seen.count = state["count"]
         wrapper.discounted_reward = np.array([state["discounted"]])
-        wrapper.update_running_mean = not frozen
+        if frozen:
+            wrapper.update_running_mean = False
 
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
@@ -1164,8 +1177,12 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
     with explained(f"--env-id {env_id}"):
         try:
             env = gym.make(env_id, max_episode_steps, **({"render_mode": render_mode} if render_mode else {}))
-        except TypeError:  # it takes no render_mode: play it unseen
-            env = gym.make(env_id, max_episode_steps)
+            if render_mode == "human":
+                env.reset()  # opens the window
+        except Exception:
+            if render_mode != "human":
+                raise
+            env = gym.make(env_id, max_episode_steps)  # it has no window: play it unseen
     obs = env.observation_space
     action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
@@ -1184,12 +1201,13 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
     if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
         env = gym.wrappers.TimeLimit(env, 10_000)
         note(f"{env_id} has no time limit: episodes are truncated after 10 000 steps, or after --max-episode-steps")
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key=EPISODE)
 
 
 def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
     """Write episodes to MP4 files in `folder`/videos: those that `episodes` names, else gymnasium's choice."""
-    return gym.wrappers.RecordVideo(env, str(folder / "videos"), episodes, name_prefix=prefix, disable_logger=True)
+    with explained(f"--capture-video: cannot write to {folder / 'videos'}"):
+        return gym.wrappers.RecordVideo(env, str(folder / "videos"), episodes, name_prefix=prefix, disable_logger=True)
 
 
 def to_obs(obs) -> np.ndarray:
@@ -1211,12 +1229,14 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     returns = []
     lengths = []
     for start in np.random.SeedSequence(seed).generate_state(episodes):
-        obs, info = env.reset(seed=int(start))
-        while "episode" not in info:  # until it is over
+        obs, _ = env.reset(seed=int(start))
+        done = False
+        while not done:
             action = act(to_obs(obs))
-            obs, *_, info = env.step(to_action(action, env.action_space))
-        returns.append(float(info["episode"]["r"]))
-        lengths.append(info["episode"]["l"])
+            obs, _, terminated, truncated, info = env.step(to_action(action, env.action_space))
+            done = terminated or truncated
+        returns.append(float(info[EPISODE]["r"]))
+        lengths.append(info[EPISODE]["l"])
     error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # the sample's deviation over the root of episodes
     return {"return": np.mean(returns), "return_error": error, "length": np.mean(lengths)}
 
