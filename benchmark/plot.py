@@ -236,12 +236,12 @@ class Style:
     def __init__(self, runs: list[Run]):
         self.lines = {}  # name -> arguments of plot
         colors = {algorithm: (color, 0) for algorithm, color in records.COLORS.items()}
-        others = sorted({run.algorithm for run in runs} - set(records.COLORS))
+        others = sorted({self.family(run) for run in runs} - set(records.COLORS))
         for i, algorithm in enumerate(others):
             used_up, color = divmod(i, len(records.OTHER_COLORS))  # then the same colours again, in other dashes
             colors[algorithm] = records.OTHER_COLORS[color], used_up
         for algorithm, (color, first) in colors.items():
-            names = sorted({run.name for run in runs if run.algorithm == algorithm})
+            names = sorted({run.name for run in runs if self.family(run) == algorithm})
             for i, name in enumerate(names, first):
                 shade, dashes = divmod(i, len(records.DASHES))
                 weight = 0.6**shade  # of the colour; the rest is white
@@ -251,6 +251,12 @@ class Style:
                     "linestyle": records.DASHES[dashes],
                     "label": f"{name} ({self.seeds(name, runs)})",
                 }
+
+    @staticmethod
+    def family(run: Run) -> str:
+        """What shares a colour: of "Flow-G, BatchRenorm(s, A)" it is Flow-G."""
+        start = run.algorithm.partition(",")[0]
+        return start if start in records.COLORS else run.algorithm
 
     @staticmethod
     def seeds(name: str, runs: list[Run]) -> str:

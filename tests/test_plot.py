@@ -136,8 +136,13 @@ def test_every_name_has_a_line_of_its_own():
     names = [*records.ABLATION.values(), "Flow-T", "Gaussian", "Theirs", "Mine"]
     runs = [records.Run(Path(), "E", name, [], 1, *2 * [np.array([1.0])]) for name in names]
     runs += [records.Run(Path(), "E", "Flow-G", [f"K={k}"], 1, *2 * [np.array([1.0])]) for k in range(5)]
-    lines = plot.Style(runs).lines.values()
+    style = plot.Style(runs)
+    lines = style.lines.values()
     assert len(lines) == len(names) + 5 == len({(line["color"], line["linestyle"]) for line in lines})
+    variants = ["Flow-G", "Plain flow, BatchRenorm(s, A)", "Flow-G, BatchRenorm(s, A)"]
+    style = plot.Style([records.Run(Path(), "E", name, [], 1, *2 * [np.array([1.0])]) for name in variants])
+    colors = [style.color(name) for name in variants]
+    assert colors[0] == colors[2] != colors[1]
 
 
 def test_score_and_its_end():
