@@ -448,7 +448,7 @@ def refused(done, *words):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--no-crossq"], ["--no-crossq", "drop"]),
+        (["--no-crossq"], ["Unrecognized", "--no-crossq", "always"]),
         (["--norms-every", -5], ["--norms-every", "-5"]),
         (["--variant", "flow-g", "--velocity-dim", 15], ["--velocity-dim", "even", "15"]),
         (["--variant", "renorm", "--score-step", "euler"], ["--score-step", "renorm", "drop"]),

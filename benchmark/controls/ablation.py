@@ -329,10 +329,12 @@ VARIANTS = {
 
 @dataclass
 class Args(naive.Args):
-    """Flags of the command line: those of sac_flow_naive.py, two with other words, and two more."""
+    """Flags of the command line: those of sac_flow_naive.py, three with other words, and two more."""
 
     entropy: Literal["path"] = "path"
     """whose entropy counts: that of the whole path, as in the paper"""
+    crossq: Literal[True] = True
+    """CrossQ's critics, always: the variants are about BatchRenorm"""
     renorm_warmup: int = 100_000
     """the critics' training batches for which a BatchRenorm is plain batch normalisation; the actor's is for a K-th as
     many updates of the actor"""
@@ -358,8 +360,6 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     """As the script's; stops the program if a flag would undo what a variant is."""
     with mock.patch.multiple(naive, Args=Args, __doc__=__doc__):  # sweep.py calls this without main()
         args, checkpoint = naive_parse_args()
-    if not args.crossq:
-        naive.fail("--no-crossq leaves no BatchRenorm, which the variants are about: drop the flag")
     if args.norms_every < 0:
         naive.fail(f"--norms-every must be 0 or more, not {args.norms_every}")
     if args.variant.startswith("flow-g") and args.velocity_dim % 2:
