@@ -551,8 +551,10 @@ def test_evaluations_of_two_seeds_share_no_start(name):
 @pytest.mark.parametrize("env_id", ["Home-v0", "Windowless-v0"])  # the first takes no render_mode
 def test_an_environment_that_cannot_be_shown_is_played_unseen(script, monkeypatch, capsys, env_id):
     monkeypatch.setenv("DISPLAY", ":99")
+    script.note.cache_clear()
     env = script.make_env(env_id, 5, "human")
     env.reset(seed=0)
+    assert "note: played unseen, as no window opens: " in capsys.readouterr().err
     with pytest.raises(SystemExit):  # a video of it is another matter
         script.make_env(env_id, 5, "rgb_array")
     assert f"error: --env-id {env_id}: " in capsys.readouterr().err
@@ -719,6 +721,18 @@ def test_an_empty_name_is_an_error(script, tmp_path, monkeypatch, capsys, flag):
         script.main()
     assert error.value.code == 2 and f"{flag} must be a name" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_of_before_with_flags_that_are_now_refused_goes_on(script, main):
+    """--renorm-warmup had a number as its default, with --no-crossq, too."""
+    folder = main(script, *PENDULUM, "--total-timesteps", 110, "--no-crossq", "--no-autotune")
+    for file in ("checkpoint.pt", "policy.pt"):
+        state = torch.load(folder / file)
+        state["args"] |= {"renorm_warmup": 100_000, "target_entropy": -1.0}
+        torch.save(state, folder / file)
+    main(script, "--resume", folder, "--total-timesteps", 120)
+    main(script, "--evaluate", folder)
+    assert checkpoint(folder)["step"] == 120
 
 
 def test_numbers_as_people_write_them(script, monkeypatch):

@@ -675,8 +675,9 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         ("adam_b1|actor_average", lambda x: 0 <= x < 1, "in [0, 1)"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
-        ("target_entropy", lambda x: x is None or args.autotune, "left out with --no-autotune"),
-        ("renorm_warmup", lambda n: n is None or args.crossq, "left out with --no-crossq"),
+        # A run of before that was given these is still resumed and played.
+        ("target_entropy", lambda x: x is None or args.autotune or checkpoint, "left out with --no-autotune"),
+        ("renorm_warmup", lambda n: n is None or args.crossq or checkpoint, "left out with --no-crossq"),
         ("track", lambda on: not (on and args.evaluate), "left out with --evaluate"),
         ("cuda", lambda on: torch.cuda.is_available() or not on, "off: this torch finds no CUDA device; use --no-cuda"),
     ]
@@ -1179,10 +1180,11 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
             env = gym.make(env_id, max_episode_steps, **({"render_mode": render_mode} if render_mode else {}))
             if render_mode == "human":
                 env.reset()  # opens the window
-        except Exception:
+        except Exception as error:
             if render_mode != "human":
                 raise
-            env = gym.make(env_id, max_episode_steps)  # it has no window: play it unseen
+            note(f"played unseen, as no window opens: {first_line(error)}")
+            env = gym.make(env_id, max_episode_steps)
     obs = env.observation_space
     action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
