@@ -1116,9 +1116,10 @@ def thread_failed(failure) -> None:
 class Run:
     """A run's folder and what is written there; its progress bar; and Ctrl-C.
 
-    Made once nothing but the folder can fail. As a context it counts time, and takes the first Ctrl-C or kill for the
-    wish to stop at the episode's end; a second one stops at once. It turns what the environment raises, or a full disk,
-    into one line, and leaves the traceback in error.txt. No other process can have the folder at the same time.
+    Made after the networks, so that a wrong flag leaves no folder behind. As a context it counts time, and takes the
+    first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception of the
+    environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use the folder
+    at the same time.
     """
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict], files: list[str]):

@@ -2,6 +2,8 @@
 
 import csv
 import math
+import signal
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -292,6 +294,58 @@ def test_a_saved_policy_is_evaluated_both_ways_and_filmed(train, scripted, monke
     assert all("success 0.50" in line and "return 21.5" in line and "length 6" in line for line in lines[1:])
     videos = list((run / "videos").glob("*.mp4"))
     assert len(videos) == 2 and all(path.stat().st_size > 500 for path in videos)  # the first episode of each kind
+
+
+def test_an_environment_that_fails_to_close_is_a_line(train, scripted, monkeypatch, capsys):
+    """After all has been printed; and --track, which would do nothing there, is refused."""
+    run = train(scripted, *"--chunk 3 --offline-steps 2 --online-steps 0 --eval-episodes 1".split())
+
+    def close(self):
+        raise RuntimeError("the arm fell off\nand much more")
+
+    monkeypatch.setattr(tiny_envs.Recorded, "close", close)
+    for flags, words in (([], "the arm fell off"), (["--track"], "--track goes with training")):
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["x", "--evaluate", str(run), *flags])
+        with pytest.raises(SystemExit) as error:
+            script.main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert error.value.code == 2 and line.endswith(words) or words in line, line
+
+
+# --- several processes, and signals ---
+
+
+def test_a_run_that_went_on_meanwhile_is_not_set_back(train, scripted, monkeypatch, capsys):
+    """Two are to resume it; the second has read the checkpoint before the first writes another."""
+    run = train(scripted, *"--chunk 3 --offline-steps 2 --online-steps 12 --eval-episodes 1".split())
+    resume = ["x", "--resume", str(run), "--online-steps"]
+    monkeypatch.setattr("sys.argv", [*resume, "30"])
+    args, old = script.parse_args()
+    monkeypatch.setattr("sys.argv", [*resume, "24"])
+    script.main()
+    before = (run / "returns.csv").read_bytes()
+    with pytest.raises(SystemExit):
+        script.Run(args, 32, old, old["progress"]["files"])
+    assert f"{run} was continued by another process" in capsys.readouterr().err
+    assert (run / "returns.csv").read_bytes() == before
+
+
+def test_a_signal_just_before_the_next_episode_is_heeded_at_its_end(train, scripted, monkeypatch, capsys):
+    """Not before its checkpoint is written. Episodes end after 5 and 7 steps."""
+    should_save = script.Run.should_save
+
+    def interrupted_afterwards(self):
+        due = should_save(self)
+        self.interrupted = signal.SIGINT
+        return due
+
+    monkeypatch.setattr(script.Run, "should_save", interrupted_afterwards)
+    with pytest.raises(SystemExit) as error:
+        train(scripted, *"--chunk 3 --offline-steps 0 --online-steps 60 --online-start 40 --eval-episodes 1".split())
+    assert error.value.code == 128 + signal.SIGINT
+    assert "stopped at step 12; resume with" in capsys.readouterr().out
+    assert torch.load(the_run(Path()) / "checkpoint.pt")["progress"]["step"] == 12
 
 
 # --- values that are not finite ---
