@@ -491,7 +491,7 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse(["--env-id", "nonsense"], "--env-id nonsense: no such task; there are lift, can, square")
     refuse(["--env-id", "cube-single-play-v0"], "no such task", "singletask")
     for flag in ("--resume", "--evaluate", "--run-name", "--dataset"):
-        refuse([flag, ""], f"{flag} must be a name")
+        refuse([flag, "", "--collect", 0], f"{flag} must be a name")
     refuse([*data, "--critic-lr", "inf"], "--critic-lr must be above 0 and finite")
     refuse([*data, "--chunk", 10_000], "--chunk 10000", "at most")
     refuse([*data, "--buffer-size", 30, "--batch-size", 8], "--buffer-size 30")

@@ -318,7 +318,7 @@ def test_an_environment_that_fails_to_close_is_a_line(train, scripted, monkeypat
 
 def test_a_run_that_went_on_meanwhile_is_not_set_back(train, scripted, monkeypatch, capsys):
     """Two are to resume it; the second has read the checkpoint before the first writes another."""
-    run = train(scripted, *"--chunk 3 --offline-steps 2 --online-steps 12 --eval-episodes 1".split())
+    run = train(scripted, *"--chunk 3 --offline-steps 2 --online-steps 12 --online-start 9 --eval-episodes 1".split())
     resume = ["x", "--resume", str(run), "--online-steps"]
     monkeypatch.setattr("sys.argv", [*resume, "30"])
     args, old = script.parse_args()
