@@ -51,7 +51,6 @@ import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial, wraps
-from itertools import pairwise
 from pathlib import Path
 from traceback import format_exception
 from typing import Literal, NoReturn, Optional
@@ -787,7 +786,7 @@ def main() -> None:
     update_online = graph(partial(update, offline=False))
 
     def save() -> None:
-        run.save(training_state(learned, tensors, buffer, env), actor, env)
+        run.save(training_state(learned, tensors, buffer, env), actor)
 
     with run, env, eval_env:
         done = True
@@ -879,17 +878,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def in_digits(word: str, before: str) -> str:
-    """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; not in names, whose flag is `before`."""
-    start, equals, number = word.rpartition("=")
-    if re.match("--(run.name|resume|evaluate|dataset)", start or before):
-        return word
-    with contextlib.suppress(ValueError):
-        if "e" in number and float(number).is_integer():
-            return f"{start}{equals}{float(number):.0f}"
-    return word
-
-
 def read_flags(kind: type, description: str, **options):
     """tyro.cli with the first line and the commands of a docstring; what it says of an error becomes one line.
 
@@ -913,8 +901,7 @@ def read_flags(kind: type, description: str, **options):
 
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
-    argv = [in_digits(word, before) for before, word in pairwise(sys.argv)]
-    args = read_flags(Args, __doc__, args=argv)
+    args = read_flags(Args, __doc__)
     checkpoint = None
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
@@ -932,7 +919,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         saved.capture_video = False
         saved.track &= bool(args.resume)
         saved.cuda &= torch.cuda.is_available()
-        args = read_flags(Args, __doc__, args=argv, default=saved)
+        args = read_flags(Args, __doc__, default=saved)
         may_change = "online_steps cuda compile capture_video track save_every eval_every eval_episodes".split()
         may_change += ["seed"] if args.evaluate else []
         for name, old in vars(saved).items():
@@ -1143,8 +1130,6 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
             lock(self.lock)
-            if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
-                fail(f"{self.folder} was continued by another process in the meantime: give the command again")
             flags = json.dumps(asdict(args) | {"files": self.progress.files}, indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -1160,10 +1145,7 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.on_signal)
         shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
-        self.bar = tqdm(
-            total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown,
-            disable=False,  # where TQDM_DISABLE is set, too, or a log file's lines would stay at step 0
-        )  # fmt: skip
+        self.bar = tqdm(total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown)
         self.clock = time.time() - self.progress.seconds
         return self
 
@@ -1280,7 +1262,7 @@ class Run:
         """Whether a checkpoint is due at the end of this episode."""
         return bool(self.interrupted) or self.progress.step - self.saved_step >= self.args.save_every
 
-    def save(self, state: dict, policy: Actor, env: gym.Env) -> None:
+    def save(self, state: dict, policy: Actor) -> None:
         """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
         self.mean_losses()
         for network in ("actor", "critics"):
@@ -1292,18 +1274,17 @@ class Run:
             "args": asdict(self.args),
             "progress": asdict(self.progress),
         }
-        self.save_policy("policy.pt", policy, env)
+        self.save_policy("policy.pt", policy)
         write(self.folder / "checkpoint.pt", own | state)
         self.saved_step = self.progress.step
 
-    def save_policy(self, name: str, actor: Actor, env: gym.Env) -> None:
-        """Write an actor, what builds it, as `load_policy` reads it, and the statistics by which `env` normalises."""
+    def save_policy(self, name: str, actor: Actor) -> None:
+        """Write an actor and what builds it, as `load_policy` reads it."""
         policy = {
             "script": SCRIPT,
             "args": asdict(self.args),
             "step": self.progress.step,
             "obs_dim": actor.obs_dim,
-            "statistics": running_statistics(env),
             "actor": actor.state_dict(),
         }
         write(self.folder / name, policy)
@@ -1337,7 +1318,6 @@ def load(path: Path, key: str) -> dict:
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
-        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError(damaged)
@@ -1352,7 +1332,6 @@ def load(path: Path, key: str) -> dict:
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
-    state["written"] = written
     with explained(f"{path} was altered, or written by another version of {SCRIPT}"):
         Progress(**state.get("progress", {}))
     return state
@@ -1383,8 +1362,6 @@ def play(args: Args, policy: dict) -> None:
         env = record_videos(env, path.parent if path.is_file() else path, "evaluation", first)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size * args.chunk != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
-    with explained(f"--evaluate {path}: not for {args.env_id} as it is now"):
-        set_running_statistics(env, policy["statistics"], frozen=True)
     env = rescaled(env, actor) if args.rescale_actions else env
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
@@ -1439,38 +1416,6 @@ def fork_random(seed: int, device: torch.device, env: gym.Env):
     set_random_states(states, device, env)
 
 
-def normalizers(env: gym.Env):
-    """gymnasium's NormalizeObservation and NormalizeReward around `env`, each with its running statistics."""
-    while isinstance(env, gym.Wrapper):
-        for name in ("obs_rms", "return_rms"):
-            if name in vars(env):
-                yield env, vars(env)[name]
-        env = env.env
-
-
-def running_statistics(env: gym.Env) -> list[dict]:
-    """What the `normalizers` of an environment have seen, in types that torch.load(weights_only=True) accepts."""
-    states = []
-    for wrapper, seen in normalizers(env):
-        discounted = float(np.sum(getattr(wrapper, "discounted_reward", 0)))  # of NormalizeReward
-        mean = torch.as_tensor(seen.mean).clone()
-        var = torch.as_tensor(seen.var).clone()
-        count = float(seen.count)
-        states.append({"mean": mean, "var": var, "count": count, "discounted": discounted})
-    return states
-
-
-def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
-    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they no longer update."""
-    for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
-        seen.mean = state["mean"].numpy().copy()
-        seen.var = state["var"].numpy().copy()
-        seen.count = state["count"]
-        wrapper.discounted_reward = np.array([state["discounted"]])
-        if frozen:
-            wrapper.update_running_mean = False
-
-
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
     """All that decides how a run continues from an episode's end."""
     return {
@@ -1479,7 +1424,6 @@ def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.
         "buffer": buffer.filled(),
         "buffer_added": buffer.added,
         "random": random_states(buffer.rows.device, env),
-        "statistics": running_statistics(env),
     }
 
 
@@ -1491,7 +1435,6 @@ def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env
     for name, tensor in tensors.items():
         tensor.data.copy_(state[name])
     set_random_states(state["random"], buffer.rows.device, env)
-    set_running_statistics(env, state["statistics"])
 
 
 def lock(file) -> None:
@@ -1681,6 +1624,8 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     if not (extent.size and (extent > 0).all()) or not (np.isfinite(extent).all() or args.rescale_actions):
         remedy = "choose another task, or take the data's by --rescale-actions"
         fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; {remedy}")
+    if env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms"):
+        fail(f"--env-id {args.env_id}: a checkpoint has no NormalizeObservation or NormalizeReward; leave them out")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
             import moviepy  # noqa: F401
@@ -2098,7 +2043,6 @@ def score(run: Run, choose, env: gym.Env, eval_env: gym.Env, device: torch.devic
     """Evaluate `choose` and report it. Neither training nor its clock notices."""
     args = run.args
     with run.paused(), fork_random(args.seed, device, env):
-        set_running_statistics(eval_env, running_statistics(env), frozen=True)
         scores = evaluate(choose, eval_env, args.eval_episodes, args.seed)
     phase = "offline" if run.progress.step <= args.offline_steps else "online"
     run.report(phase, "stochastic", scores)

@@ -42,7 +42,6 @@ import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial, wraps
-from itertools import pairwise
 from pathlib import Path
 from traceback import format_exception
 from typing import Literal, NoReturn, Optional
@@ -680,14 +679,13 @@ def main() -> None:
     def score(kind: Literal["deterministic", "stochastic"]) -> None:
         """Evaluate the averaged actor. Neither training nor its clock notices."""
         with run.paused(), fork_random(args.seed, device, env):
-            set_running_statistics(eval_env, running_statistics(env), frozen=True)
             act = partial(choose_averaged, deterministic=kind == "deterministic")
             scores = evaluate(act, eval_env, args.eval_episodes, args.seed)
         if run.report(kind, scores):  # the best so far
-            run.save_policy("policy_best.pt", average, env)
+            run.save_policy("policy_best.pt", average)
 
     def save() -> None:
-        run.save(training_state(learned, tensors, buffer, env), average, env)
+        run.save(training_state(learned, tensors, buffer, env), average)
 
     with run, env, eval_env:
         done = True
@@ -775,17 +773,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def in_digits(word: str, before: str) -> str:
-    """1e6 -> 1000000, --flag=1e6 too, so that it can be given for an integer; not in names, whose flag is `before`."""
-    start, equals, number = word.rpartition("=")
-    if re.match("--(run.name|resume|evaluate|dataset)", start or before):
-        return word
-    with contextlib.suppress(ValueError):
-        if "e" in number and float(number).is_integer():
-            return f"{start}{equals}{float(number):.0f}"
-    return word
-
-
 def read_flags(kind: type, description: str, **options):
     """tyro.cli with the first line and the commands of a docstring; what it says of an error becomes one line.
 
@@ -809,8 +796,7 @@ def read_flags(kind: type, description: str, **options):
 
 def parse_args() -> tuple[Args, Optional[dict]]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
-    argv = [in_digits(word, before) for before, word in pairwise(sys.argv)]
-    args = read_flags(Args, __doc__, args=argv)
+    args = read_flags(Args, __doc__)
     checkpoint = None
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
@@ -828,7 +814,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         saved.capture_video = False
         saved.track &= bool(args.resume)
         saved.cuda &= torch.cuda.is_available()
-        args = read_flags(Args, __doc__, args=argv, default=saved)
+        args = read_flags(Args, __doc__, default=saved)
         may_change = "total_timesteps cuda compile capture_video track save_every eval_every eval_episodes".split()
         may_change += ["seed"] if args.evaluate else []
         for name, old in vars(saved).items():
@@ -855,9 +841,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         ("adam_b1|actor_average", lambda x: 0 <= x < 1, "in [0, 1)"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
-        # A run of before that was given these is still resumed and played.
-        ("target_entropy", lambda x: x is None or args.autotune or checkpoint, "left out with --no-autotune"),
-        ("renorm_warmup", lambda n: n is None or args.crossq or checkpoint, "left out with --no-crossq"),
+        ("target_entropy", lambda x: x is None or args.autotune, "left out with --no-autotune"),
+        ("renorm_warmup", lambda n: n is None or args.crossq, "left out with --no-crossq"),
         ("track", lambda on: not (on and args.evaluate), "left out with --evaluate"),
         ("cuda", lambda on: torch.cuda.is_available() or not on, "off: this torch finds no CUDA device; use --no-cuda"),
     ]
@@ -974,8 +959,6 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
             lock(self.lock)
-            if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
-                fail(f"{self.folder} was continued by another process in the meantime: give the command again")
             flags = json.dumps(asdict(args), indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -991,10 +974,7 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.on_signal)
         shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
-        self.bar = tqdm(
-            total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown,
-            disable=False,  # where TQDM_DISABLE is set, too, or a log file's lines would stay at step 0
-        )  # fmt: skip
+        self.bar = tqdm(total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown)
         self.clock = time.time() - self.progress.seconds
         return self
 
@@ -1116,7 +1096,7 @@ class Run:
         """Whether a checkpoint is due at the end of this episode."""
         return bool(self.interrupted) or self.progress.step - self.saved_step >= self.args.save_every
 
-    def save(self, state: dict, policy: Actor, env: gym.Env) -> None:
+    def save(self, state: dict, policy: Actor) -> None:
         """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
         self.mean_losses()
         for network in ("actor", "critics"):
@@ -1128,18 +1108,17 @@ class Run:
             "args": asdict(self.args),
             "progress": asdict(self.progress),
         }
-        self.save_policy("policy.pt", policy, env)
+        self.save_policy("policy.pt", policy)
         write(self.folder / "checkpoint.pt", own | state)
         self.saved_step = self.progress.step
 
-    def save_policy(self, name: str, actor: Actor, env: gym.Env) -> None:
-        """Write an actor, what builds it, as `load_policy` reads it, and the statistics by which `env` normalises."""
+    def save_policy(self, name: str, actor: Actor) -> None:
+        """Write an actor and what builds it, as `load_policy` reads it."""
         policy = {
             "script": SCRIPT,
             "args": asdict(self.args),
             "step": self.progress.step,
             "obs_dim": actor.obs_dim,
-            "statistics": running_statistics(env),
             "actor": actor.state_dict(),
         }
         write(self.folder / name, policy)
@@ -1173,7 +1152,6 @@ def load(path: Path, key: str) -> dict:
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
-        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError(damaged)
@@ -1188,7 +1166,6 @@ def load(path: Path, key: str) -> dict:
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
-    state["written"] = written
     with explained(f"{path} was altered, or written by another version of {SCRIPT}"):
         Progress(**state.get("progress", {}))
     return state
@@ -1218,8 +1195,6 @@ def play(args: Args, policy: dict) -> None:
         env = record_videos(env, path.parent if path.is_file() else path, "evaluation", first)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
-    with explained(f"--evaluate {path}: not for {args.env_id} as it is now"):
-        set_running_statistics(env, policy["statistics"], frozen=True)
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
     print(f"{path} at step {policy['step']}, {args.eval_episodes} episodes of each kind", flush=True)
     with explained(f"--evaluate {path}"), env:
@@ -1275,38 +1250,6 @@ def fork_random(seed: int, device: torch.device, env: gym.Env):
     set_random_states(states, device, env)
 
 
-def normalizers(env: gym.Env):
-    """gymnasium's NormalizeObservation and NormalizeReward around `env`, each with its running statistics."""
-    while isinstance(env, gym.Wrapper):
-        for name in ("obs_rms", "return_rms"):
-            if name in vars(env):
-                yield env, vars(env)[name]
-        env = env.env
-
-
-def running_statistics(env: gym.Env) -> list[dict]:
-    """What the `normalizers` of an environment have seen, in types that torch.load(weights_only=True) accepts."""
-    states = []
-    for wrapper, seen in normalizers(env):
-        discounted = float(np.sum(getattr(wrapper, "discounted_reward", 0)))  # of NormalizeReward
-        mean = torch.as_tensor(seen.mean).clone()
-        var = torch.as_tensor(seen.var).clone()
-        count = float(seen.count)
-        states.append({"mean": mean, "var": var, "count": count, "discounted": discounted})
-    return states
-
-
-def set_running_statistics(env: gym.Env, states: list[dict], frozen: bool = False) -> None:
-    """Restore `running_statistics`, also in another environment of the same id; `frozen`: they no longer update."""
-    for (wrapper, seen), state in zip(normalizers(env), states, strict=True):
-        seen.mean = state["mean"].numpy().copy()
-        seen.var = state["var"].numpy().copy()
-        seen.count = state["count"]
-        wrapper.discounted_reward = np.array([state["discounted"]])
-        if frozen:
-            wrapper.update_running_mean = False
-
-
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
     """All that decides how a run continues from an episode's end."""
     return {
@@ -1315,7 +1258,6 @@ def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.
         "buffer": buffer.filled(),
         "buffer_added": buffer.added,
         "random": random_states(buffer.rows.device, env),
-        "statistics": running_statistics(env),
     }
 
 
@@ -1327,7 +1269,6 @@ def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env
     for name, tensor in tensors.items():
         tensor.data.copy_(state[name])
     set_random_states(state["random"], buffer.rows.device, env)
-    set_running_statistics(env, state["statistics"])
 
 
 def lock(file) -> None:
@@ -1383,6 +1324,8 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
     extent = extent_of(action)
     if not (extent.size and np.isfinite(extent).all() and (extent > 0).all()):
         fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
+    if env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms"):
+        fail(f"--env-id {env_id}: a checkpoint has no NormalizeObservation or NormalizeReward; leave them out")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
             import moviepy  # noqa: F401

@@ -22,8 +22,7 @@ GAUSSIANS_OWN = [
 FLAGS = re.S | re.M
 FUNCTIONS = """
     TimeEmbedding alpha_loss record with_gradients apply_gradients move_average Failure fail note first_line explained
-    flag in_digits read_flags normalizers running_statistics set_running_statistics lock thread_failed
-    in_plain_types target_entropy_of training_state restore extent_of
+    flag read_flags lock thread_failed in_plain_types target_entropy_of training_state restore extent_of
     write load seed_random fork_random record_videos to_obs to_action unchanged find_compiler matmul_precision CudaGraph
 """.split()
 METHODS = """

@@ -194,7 +194,6 @@ def policy_and_env(run: Path):
     script = importlib.import_module(policy_state(run)["script"])
     state = script.load(run if run.suffix == ".pt" else run / "policy.pt", "obs_dim")
     env = script.make_env(state["args"]["env_id"], state["args"]["max_episode_steps"])
-    script.set_running_statistics(env, state["statistics"], frozen=True)
     return script, script.build_policy(state), env
 
 
