@@ -90,7 +90,7 @@ def test_readme_loads_a_policy(monkeypatch, tmp_path):
     readme = (ROOT / "README.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "load_policy" in block]
     assert len(code.strip().splitlines()) == 3
-    names = {"torch": torch}
+    names = {}
     exec(code.replace("runs/<name>", str(the_run(tmp_path))), names)
     assert names["action"].shape == (3,) and abs(names["action"]).max() <= 1
 
