@@ -1,14 +1,14 @@
 """SAC Flow-G: soft actor-critic whose policy is a flow, trained end to end through its own sampling loop.
 
 An action is made by K steps along a velocity network, and gradients of the critic run back through all of them. That
-loop is a residual RNN over the flow time, whose gradients explode where the velocity is steep.
+loop is a residual RNN over the flow time, whose gradients can explode where the velocity is steep.
 Flow-G is the paper's proposed cure, after the GRU: the velocity is gated, so that a noise-free step mixes the old
 action and a candidate.
 Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments name.
 
     python sac_flow_g.py --env-id Hopper-v4
 
-The paper's equations: --score-step euler --entropy path --target-entropy 0 --encoder-dim 0
+Close to the paper: --score-step euler --entropy path --target-entropy 0 --encoder-dim 0
 Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-video.
 """
 # /// script
@@ -77,13 +77,13 @@ class Args:
     cuda: bool = torch.cuda.is_available()
     """train on the GPU (the default where there is one)"""
     compile: bool = True
-    """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
+    """torch.compile the losses and the rollout, if a compiler works; on a GPU, replay each update as a CUDA graph"""
     capture_video: bool = False
     """write videos to <run>/videos: of some training episodes, or with --evaluate of the first episode of each kind"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 50_000
-    """steps between checkpoints; each is saved at the next end of an episode, and one at the end of the run"""
+    """steps between checkpoints; each waits for the end of an episode; the end of the run saves one, too"""
     eval_every: int = 10_000
     """steps between evaluations of the averaged actor; they do not affect training; 0: none, not even at the end"""
     eval_episodes: int = 5
@@ -91,7 +91,7 @@ class Args:
     run_name: Optional[str] = None
     """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
-    """folder of a run to continue, bit for bit (on a GPU if its compiled code is still cached)"""
+    """folder of a run to continue, bit for bit from an episode's end (on a GPU if its compiled code is still cached)"""
     evaluate: Optional[str] = None
     """folder of a run, to play its policy.pt instead of training, or a policy file such as runs/<name>/policy_best.pt;
     episodes start as in the run's own evaluations, unless another --seed is given"""
@@ -108,8 +108,8 @@ class Args:
     critic_lr: float = 1e-3
     """learning rate of the critics"""
     # actor_lr and alpha were chosen together on Hopper-v4: from the paper's alpha 0.2 the entropy term first inflates
-    # sigma (path entropy 14 for a target of 0) and Flow-G stood near 660 at step 30 000; with these, near 1 460 (an
-    # earlier version with Euler's step and the path's entropy, one seed; alpha_lr and sigma's bound changed, too).
+    # sigma (path entropy 14 for a target of 0) and Flow-G returned about 660 at step 30 000; with these, about 1 460
+    # (an earlier version with Euler's step and the path's entropy, one seed; alpha_lr and sigma's bound changed, too).
     actor_lr: float = 1e-3
     """learning rate of the actor"""
     alpha_lr: float = 1e-3
@@ -120,9 +120,10 @@ class Args:
     """width of the two hidden layers of each critic"""
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
-    # Flow-G, continued from step 100 000 and frozen every 1 000 or 2 000 up to 110 000, the least return over that of
-    # the training episodes beside it: Walker2d-v4, two seeds, 0.36 and 0.47 (0.995), 0.98 and 1.08 (0.999), 0.94 and
-    # 1.09 (0.9995), 0.19 and 0.15 (last weights); Hopper-v4, two seeds, 1.25 or more from 0.995 on.
+    # Flow-G, continued from step 100 000 to 110 000 and evaluated every 1 000 or 2 000 steps: the lowest return of the
+    # frozen policy as a share of the training episodes' at that time. Walker2d-v4, two seeds: 0.36 and 0.47 (decay
+    # 0.995), 0.98 and 1.08 (0.999), 0.94 and 1.09 (0.9995), 0.19 and 0.15 (last weights). Hopper-v4, two seeds: 1.25 or
+    # more from 0.995 on.
     actor_average: float = 0.999
     """decay per actor update of the averaged weights, which are evaluated and make policy.pt; they lag by about
     1 / (1 - decay) updates; 0: the last weights"""
@@ -132,14 +133,14 @@ class Args:
     """entropy coefficient: its start, or its value with --no-autotune"""
     target_entropy: Optional[float] = None
     """target of the policy's entropy in nats, of all dimensions together, for actions in [-1, 1] whatever the
-    environment's unit; default: the policy's own, mostly -1 per dimension (see `Actor`)"""
+    environment's unit; default: what `Actor` computes, mostly -1 per dimension"""
     crossq: bool = True
     """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
     tau: float = 0.005
     """with --no-crossq: step of the target networks' moving average"""
-    # CrossQ's code has 100 000. On Humanoid-v4 that breaks what was learned, in Flow-G (to step 115 000) and in the
-    # Gaussian: from step 110 000 to 200 000 it returned 2 967, falling to 450 now and then, and 5 263 without. Flow-G
-    # on HalfCheetah-v4 (to 112 500) and Hopper-v4 (to 150 000) does not mind. One seed each.
+    # CrossQ switches after 100 000. On Humanoid-v4 that ruined Flow-G (seen to step 115 000) and the Gaussian, whose
+    # mean return from step 110 000 to 200 000 was 2 967, with falls to 450, against 5 263 without the switch. Flow-G
+    # did not suffer on HalfCheetah-v4 (to 112 500) or Hopper-v4 (to 150 000). One seed each.
     renorm_warmup: Optional[int] = None
     """training batches after which a BatchRenorm normalises by its running statistics; default: never, it stays plain
     batch normalisation"""
@@ -147,21 +148,22 @@ class Args:
     # Flow policy
     flow_steps: int = 4
     """K, steps from noise to action; the target entropy depends on it (see `Actor`)"""
-    # With a constant sigma the exponential step stood at 1 041 and 396 on Hopper-v4 after 60 000 steps, with sigma
+    # With a constant sigma the exponential step returned 1 041 and 396 on Hopper-v4 after 60 000 steps, with sigma
     # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
-    """how the score (which keeps the marginals of a true flow) is integrated; euler is the paper's"""
+    """how the score (which keeps the marginals of a true flow) is integrated; euler is the paper's; none
+    leaves it out"""
     # Frozen averages near 60 000 steps: Ant-v4 806 with the path's, 2 371 with the last step's (56 000, one seed);
-    # HalfCheetah-v4 7 376 and 6 231 with the path's, 6 626 and 7 116 with the last step's. Hopper-v4 learns later with
-    # the last step's: 483 against 1 616 at step 36 000 (one seed); seeds 4 to 6, which came after the choice, reached
-    # 3 108, 3 216 and 3 137 at step 50 000.
+    # HalfCheetah-v4 7 376 and 6 231 with the path's, 6 626 and 7 116 with the last step's. Hopper-v4 is learned later
+    # with the last step's: 483 against 1 616 at step 36 000 (one seed); seeds 4 to 6, which came after the choice,
+    # reached 3 108, 3 216 and 3 137 at step 50 000.
     entropy: Literal["last-step", "path"] = "last-step"
     """which entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper; the
     path's default target is the entropy of a sigma of 0.46"""
     sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
     # On HalfCheetah-v4 at 60 000 steps Flow-G returned 7 376 and 6 231 with it, 5 932 and 5 555 without (two seeds,
-    # entropy of the path), for a tenth more time a step.
+    # entropy of the path), for 10 % more time per step.
     encoder_dim: int = 256
     """width of the layer between the observation and the velocity network; 0: none"""
     velocity_dim: int = 256
@@ -228,7 +230,8 @@ class Actor(nn.Module):
         super().__init__()
         low = torch.as_tensor(action_low, dtype=torch.float32)
         high = torch.as_tensor(action_high, dtype=torch.float32)
-        if not (low.isfinite() & high.isfinite() & (low < high)).all():
+        extent = high - low
+        if not (len(low) and extent.isfinite().all() and (extent > 0).all()):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
@@ -251,12 +254,12 @@ class Actor(nn.Module):
         )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # Last step: SAC's customary target, -1 for each dimension of actions in [-1, 1], asks for a sigma of 0.36 at
-        # K = 4. For more steps it is lowered to what the same sigma gives: the last deviation is about sigma / K, with
-        # Euler's step or without the score sigma / sqrt(K). At -1 it would ask for 1.5 at K = 16, and nothing meets it
-        # from K = 69 on. Returns after 30 000 steps with K = 16, lowered / at -1, Walker2d-v4 Flow-G 1 616 / 1 434 and
-        # 675 / 590, Flow-T 706 / 1 822 and 690 / 620; Ant-v4 Flow-G 332 / 387, Flow-T 590 / 464: no clear gain, but
-        # |dL/dA_0| is 4 to 20 times as large.
+        # Last step: SAC's customary target, -1 for each dimension of actions in [-1, 1], asks for a sigma of 0.36 at K
+        # = 4 (with Euler's step, or without the score, 0.18). For more steps it is lowered to what the same sigma
+        # gives: the last deviation is about sigma / K (there sigma / sqrt(K)). With the exponential step -1 would ask
+        # for 1.5 at K = 16, and nothing meets it from K = 69 on. Returns after 30 000 steps with K = 16, lowered / at
+        # -1, Walker2d-v4 Flow-G 1 616 / 1 434 and 675 / 590, Flow-T 706 / 1 822 and 690 / 620; Ant-v4 Flow-G 332 / 387,
+        # Flow-T 590 / 464: no clear gain, but |dL/dA_0| is 4 to 20 times as large.
         # Path: the paper's target, 0 whatever K is, asks for a sigma of 0.46 at K = 4, but of 1.4 at K = 16. With that
         # target and K = 16 Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with the entropy of
         # sigma 0.46, the default (frozen averages, two seeds). With Euler's step sigma 0.46 has a path entropy of 1.2
@@ -295,7 +298,7 @@ class Actor(nn.Module):
         return a + dt * v, sigma * math.sqrt(dt)
 
     def rollout(self, obs, noise):
-        """Sample actions, and the log density that the entropy counts.
+        """Sample actions and their log density, of the last step or of the whole path.
 
         A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
         log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log(1 - tanh(A_{K,d})^2),
@@ -329,7 +332,7 @@ class Actor(nn.Module):
         return action, (log_prob - log_slope).sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is at most the uniform one's."""
+        """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is capped at a uniform one's."""
         one = torch.ones_like(self.scale)
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
         for i in range(self.flow_steps):
@@ -365,7 +368,7 @@ class Actor(nn.Module):
 
 
 class BatchRenorm(nn.Module):
-    """Batch renormalisation (Ioffe, 2017) of (B, dim): normalises training batches by the running statistics.
+    """Batch renormalisation (Ioffe, 2017) of (B, dim): batch norm, after `warmup` batches by the running statistics.
 
     y = ((x - mean) / std * r + d) * weight + bias,  r = std / running_std,  d = (mean - running_mean) / running_std,
     with r and d clipped and without gradient. For the first `warmup` batches r = 1, d = 0: plain batch norm.
@@ -415,7 +418,7 @@ class BatchRenorm(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a): two hidden layers; with `renorm` (a factory, dim -> module) normalised before each Linear, as CrossQ."""
+    """Q(s, a): two hidden layers; `renorm`, a factory dim -> module, normalises before each Linear, as in CrossQ."""
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int, renorm=nn.Identity):
         super().__init__()
@@ -501,7 +504,7 @@ def apply_gradients(optimizer, gradients) -> None:
 
 
 def average_of(actor):
-    """A copy of the actor for a moving average of its weights, with the running statistics of the one that learns."""
+    """A copy of the actor for a moving average of its weights, sharing the learning actor's running statistics."""
     average = copy.deepcopy(actor).requires_grad_(False)
     for name, statistic in actor.norm.named_buffers():
         setattr(average.norm, name, statistic)
@@ -675,26 +678,22 @@ def main() -> None:
                 update_critic()
                 if progress.updates % args.actor_delay == 0:
                     update_actor()
-                torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
+                torch.set_float32_matmul_precision("highest")  # MKL is faster for one observation
                 if progress.updates % (1000 * args.actor_delay) == 0:
                     log_gradient_norms()
                 run.log_update(losses)
 
-            if args.eval_every and progress.step % args.eval_every == 0:  # before a checkpoint of this step
+            at_end = progress.step == args.total_timesteps
+            if args.eval_every and (at_end or progress.step % args.eval_every == 0):  # before a checkpoint of this step
                 score("deterministic")
+                if at_end:
+                    score("stochastic")
             if done:
                 run.end_episode(info)
-                if run.should_save():
-                    save()
-                    if run.interrupted:
-                        break
-        if progress.step == args.total_timesteps:
-            save()
-            if args.eval_every:
-                if progress.step % args.eval_every:
-                    score("deterministic")
-                score("stochastic")
-                save()  # with these evaluations
+            if at_end or (done and run.should_save()):
+                save()
+                if run.interrupted:
+                    break
     run.say_where()
 
 
@@ -719,7 +718,7 @@ def note(message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """What went wrong, in a line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -739,7 +738,7 @@ def flag(name: str) -> str:
 
 
 def read_flags(kind: type, description: str, **options):
-    """tyro.cli with the first line and the commands of a docstring; what it says of an error becomes one line.
+    """tyro.cli, described by a docstring's first line and commands; an error becomes one line.
 
     --help has the headings of the source, `# Soft actor-critic`, which a flat class cannot tell tyro.
     """
@@ -773,10 +772,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         else:
             checkpoint = load(path / "checkpoint.pt", "progress")
-        saved = Args(**checkpoint["args"])
-        saved.resume = args.resume
-        saved.evaluate = args.evaluate
-        saved.capture_video = False
+        own = dict(resume=args.resume, evaluate=args.evaluate, capture_video=False)
+        saved = Args(**checkpoint["args"] | own)
         saved.track &= bool(args.resume)
         saved.cuda &= torch.cuda.is_available()
         args = read_flags(Args, __doc__, default=saved)
@@ -789,7 +786,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         if args.resume and args.total_timesteps <= checkpoint["progress"]["step"]:
             fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --total-timesteps to continue")
     elif args.run_name and (folder := Path("runs") / args.run_name).exists():
-        fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or continue it with --resume {folder}")
+        fail(f"--run-name {args.run_name}: {folder} exists: remove it, take another name, or --resume {folder}")
 
     least = 2 if args.crossq else 1  # BatchRenorm needs a batch
     starts = args.learning_starts
@@ -798,8 +795,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     rules = [
         ("resume|evaluate|run_name", lambda name: name != "", "a name (a shell variable was empty?)"),
         (from_0, lambda n: n is None or 0 <= n < 2**32, "0 or more, and below 2^32"),
-        ("batch_size", lambda n: least <= n <= args.buffer_size, f"from {least} to --buffer-size {args.buffer_size}"),
         (from_1, lambda n: n is None or n >= 1, "1 or more"),
+        ("batch_size", lambda n: least <= n <= args.buffer_size, f"from {least} to --buffer-size {args.buffer_size}"),
         ("total_timesteps", lambda n: n > starts, f"above --learning-starts {starts}, where learning begins"),
         (".*_lr|alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
@@ -809,7 +806,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         ("target_entropy", lambda x: x is None or args.autotune, "left out with --no-autotune"),
         ("renorm_warmup", lambda n: n is None or args.crossq, "left out with --no-crossq"),
         ("track", lambda on: not (on and args.evaluate), "left out with --evaluate"),
-        ("cuda", lambda on: torch.cuda.is_available() or not on, "off: this torch finds no CUDA device; use --no-cuda"),
+        ("cuda", lambda on: torch.cuda.is_available() or not on, "off where torch finds no CUDA device (--no-cuda)"),
     ]
     for names, holds, requirement in rules:
         for name, value in vars(args).items():
@@ -819,7 +816,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
 
 
 def renorm_of(args: Args):
-    """The flags' factory, dim -> module, of what normalises."""
+    """The factory, dim -> module, of the normalisation that the flags ask for."""
     if not args.crossq:
         return nn.Identity
     warmup = math.inf if args.renorm_warmup is None else args.renorm_warmup
@@ -848,7 +845,7 @@ def make_networks(args: Args, env: gym.Env, device: torch.device):
     obs_dim = env.observation_space.shape[0]
     action_dim = env.action_space.low.size
     sizes = " ".join(f"{flag(name)} {n}" for name, n in vars(args).items() if name.endswith(("_dim", "_size")))
-    with explained(f"cannot make networks and buffer with {sizes}"):
+    with explained(f"cannot make networks and buffer for {args.env_id} with {sizes}"):
         low = env.action_space.low.ravel()
         high = env.action_space.high.ravel()
         actor = make_actor(args, obs_dim, low, high).to(device).eval()
@@ -863,7 +860,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds that; lower it, or use --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds that; lower it, or leave it out")
     return target
 
 
@@ -889,7 +886,7 @@ class Progress:
 
 
 def thread_failed(failure) -> None:
-    """For threading.excepthook: TensorBoard raises again, at the next write, what stopped its thread."""
+    """A threading.excepthook that is silent about a full disk: TensorBoard raises that again at the next write."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
@@ -922,7 +919,7 @@ class Run:
                 )  # fmt: skip
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
-            self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
+            self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
             lock(self.lock)
             flags = json.dumps(asdict(args), indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
@@ -940,7 +937,7 @@ class Run:
             self.handlers[number] = signal.signal(number, self.on_signal)
         shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
         self.bar = tqdm(total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown)
-        self.clock = time.time() - self.progress.seconds
+        self.clock = time.monotonic() - self.progress.seconds
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -948,7 +945,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.close()
-        with contextlib.suppress(OSError):  # a full disk has its message below; what was saved is on it
+        with contextlib.suppress(OSError):  # a full disk is reported below
             self.writer.close()
         if isinstance(error, (Exception, SystemExit)) and not isinstance(error, Failure):
             where = "the disk may be full"
@@ -970,17 +967,17 @@ class Run:
 
     def seconds(self) -> float:
         """Time spent training so far."""
-        return time.time() - self.clock
+        return time.monotonic() - self.clock
 
     @contextlib.contextmanager
     def paused(self):
-        """What happens within it takes no time of the run."""
-        began = time.time()
+        """Time spent within it is not counted."""
+        began = time.monotonic()
         yield
-        self.clock += time.time() - began
+        self.clock += time.monotonic() - began
 
     def kept(self) -> str:
-        """What an error leaves."""
+        """What is kept after an error, in words."""
         if not self.saved_step:
             return "no checkpoint yet"
         return f"the checkpoint of step {self.saved_step} is kept: --resume {self.folder}"
@@ -1004,7 +1001,7 @@ class Run:
         return dict(zip(LOSSES, rows.mean(0).tolist(), strict=True))
 
     def log_update(self, losses: torch.Tensor) -> None:
-        """Note an update and its losses; every 100 updates their means are written."""
+        """Note an update and its losses; every 100 updates the means since then, or since a checkpoint, are written."""
         self.progress.updates += 1
         self.history.append((self.progress.step, losses.clone()))
         if self.progress.updates % 100 == 0:
@@ -1068,25 +1065,17 @@ class Run:
             for name, value in state[network].items():
                 self.check_finite(**{f"{network}.{name}": value.cpu().numpy()})
         self.progress.seconds = self.seconds()
-        own = {
-            "script": SCRIPT,
-            "args": asdict(self.args),
-            "progress": asdict(self.progress),
-        }
         self.save_policy("policy.pt", policy)
-        write(self.folder / "checkpoint.pt", own | state)
+        self.save_as("checkpoint.pt", progress=asdict(self.progress), **state)
         self.saved_step = self.progress.step
 
     def save_policy(self, name: str, actor: Actor) -> None:
         """Write an actor and what builds it, as `load_policy` reads it."""
-        policy = {
-            "script": SCRIPT,
-            "args": asdict(self.args),
-            "step": self.progress.step,
-            "obs_dim": actor.obs_dim,
-            "actor": actor.state_dict(),
-        }
-        write(self.folder / name, policy)
+        self.save_as(name, step=self.progress.step, obs_dim=actor.obs_dim, actor=actor.state_dict())
+
+    def save_as(self, name: str, **state) -> None:
+        """Write `state` and what wrote it, as `load` reads it."""
+        write(self.folder / name, {"script": SCRIPT, "args": asdict(self.args), **state})
 
     def say_where(self) -> None:
         """Say where the run is, and how to resume one that was stopped, which has an exit code of its own."""
@@ -1097,7 +1086,7 @@ class Run:
 
 
 def write(path: Path, state: dict) -> None:
-    """Write `state` such that at any instant a complete file is there. Raises OSError if it cannot."""
+    """Write `state` so that `path` is always a complete file, the old or the new. Raises OSError if it cannot."""
     temporary = path.with_suffix(".pt.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1126,7 +1115,7 @@ def load(path: Path, key: str) -> dict:
     if written_by != SCRIPT:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
-        fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
+        fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file of it")
     if differing := flags ^ set(vars(Args())):
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
@@ -1137,7 +1126,7 @@ def load(path: Path, key: str) -> dict:
 
 
 def build_policy(state: dict) -> Actor:
-    """The actor of what `Run.save_policy` wrote, frozen."""
+    """The actor that `Run.save_policy` wrote, frozen."""
     bounds = torch.ones_like(state["actor"]["scale"])  # the true ones are in the state
     actor = make_actor(Args(**state["args"]), state["obs_dim"], -bounds, bounds)
     actor.load_state_dict(state["actor"])
@@ -1156,8 +1145,9 @@ def play(args: Args, policy: dict) -> None:
     env = make_env(args.env_id, args.max_episode_steps, "rgb_array" if args.capture_video else "human")
     path = Path(args.evaluate)
     if args.capture_video:
-        first = lambda episode: episode % args.eval_episodes == 0  # noqa: E731  of each kind
-        env = record_videos(env, path.parent if path.is_file() else path, "evaluation", first)
+        folder = path.parent if path.is_file() else path
+        first_of_kind = lambda episode: episode % args.eval_episodes == 0  # noqa: E731
+        env = record_videos(env, folder, "evaluation", first_of_kind)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
@@ -1216,7 +1206,7 @@ def fork_random(seed: int, device: torch.device, env: gym.Env):
 
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
-    """All that decides how a run continues from an episode's end."""
+    """All that decides how a run continues from an episode's end, if the environment keeps only its generator."""
     return {
         **{name: part.state_dict() for name, part in learned.items()},
         **{name: tensor.detach() for name, tensor in tensors.items()},
@@ -1237,7 +1227,7 @@ def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env
 
 
 def lock(file) -> None:
-    """Take a file for this process, as long as it is open; stops the program if another process has it."""
+    """Lock a file for this process as long as it is open; stops the program if another process has it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -1250,12 +1240,6 @@ def lock(file) -> None:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-
-
-def extent_of(space: gym.spaces.Box) -> np.ndarray:
-    """high - low in float32, infinite where that is too large for it."""
-    with np.errstate(over="ignore"):
-        return space.high.astype(np.float32) - space.low.astype(np.float32)
 
 
 def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: Optional[str] = None) -> gym.Env:
@@ -1286,9 +1270,6 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
         fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
         fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
-    extent = extent_of(action)
-    if not (extent.size and np.isfinite(extent).all() and (extent > 0).all()):
-        fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
     if env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms"):
         fail(f"--env-id {env_id}: a checkpoint has no NormalizeObservation or NormalizeReward; leave them out")
     if render_mode == "rgb_array":
@@ -1336,7 +1317,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
             done = terminated or truncated
         returns.append(float(info[EPISODE]["r"]))
         lengths.append(info[EPISODE]["l"])
-    error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # the sample's deviation over the root of episodes
+    error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # np.std divides by n; the sample's deviation by n - 1
     return {"return": np.mean(returns), "return_error": error, "length": np.mean(lengths)}
 
 
@@ -1367,7 +1348,7 @@ def compiled_policy(actor: Actor, jit, graph):
 
 
 def unchanged(function):
-    """What takes the place of a compiler where there is none."""
+    """Stands in for a compiler where there is none."""
     return function
 
 
@@ -1376,9 +1357,9 @@ def find_compiler(device: torch.device):
 
     def jit(function):
         options = {
-            # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
+            # Each function always meets the same shapes and modes: checking that would cost 0.2 ms a call.
             "guard_filter_fn": lambda guards: [False] * len(guards),
-            # Products of one row, the policy's, become sums that are compiled with the rest: a library costs more.
+            # Products of one row (the policy's) are compiled as sums: a library call costs more.
             "post_grad_fusion_options": {"decompose_mm_pass": {}},
         }
         # Guards are off, so closures of one text would share the first one's graph: each gets its own code object.
@@ -1396,8 +1377,8 @@ def find_compiler(device: torch.device):
         print("the first update compiles the losses, for a minute or two", file=sys.stderr)
         torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
         return jit
-    except Exception:
-        note("torch.compile finds no working C++ compiler; continuing without it, slower")
+    except Exception as error:
+        note(f"torch.compile does not work here ({first_line(error)}); continuing without it, slower")
         return unchanged
 
 

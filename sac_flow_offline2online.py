@@ -113,17 +113,17 @@ class Args:
     cuda: bool = torch.cuda.is_available()
     """train on the GPU (the default where there is one)"""
     compile: bool = True
-    """torch.compile the losses and the rollout, if a C++ compiler is found; on a GPU, replay CUDA graphs of them"""
+    """torch.compile the losses and the rollout, if a compiler works; on a GPU, replay each update as a CUDA graph"""
     capture_video: bool = False
     """with --evaluate, write a video of the first episode of each kind to <run>/videos"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 5_000
-    """steps between checkpoints; online each is saved at the next end of an episode, and one at the end of the run"""
+    """steps between checkpoints; online each waits for the end of an episode; the end of the run saves one, too"""
     run_name: Optional[str] = None
     """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
-    """folder of a run to continue, bit for bit (on a GPU if its compiled code is still cached)"""
+    """folder of a run to continue, bit for bit from an episode's end (on a GPU if its compiled code is still cached)"""
     evaluate: Optional[str] = None
     """folder of a run whose policy.pt is played instead of training, or a policy file"""
 
@@ -369,7 +369,8 @@ class Actor(nn.Module):
         super().__init__()
         low = torch.as_tensor(action_low, dtype=torch.float32).repeat(chunk)
         high = torch.as_tensor(action_high, dtype=torch.float32).repeat(chunk)
-        if not (low.isfinite() & high.isfinite() & (low < high)).all():
+        extent = high - low
+        if not (len(low) and extent.isfinite().all() and (extent > 0).all()):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
@@ -459,7 +460,7 @@ class Actor(nn.Module):
         return action, (log_prob - log_slope).sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is at most the uniform one's."""
+        """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is capped at a uniform one's."""
         one = torch.ones_like(self.scale)
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
         for i in range(self.flow_steps):
@@ -819,7 +820,7 @@ def main() -> None:
                 for _ in range(args.utd if online else 1):
                     (update_online if online else update_offline)()
                     run.log_update(losses)
-                torch.set_float32_matmul_precision("highest")  # for one observation MKL is the faster
+                torch.set_float32_matmul_precision("highest")  # MKL is faster for one observation
                 if progress.step % 1000 == 0:
                     log_gradient_norms(run, actor, critics, buffer, env, log_alpha.detach().exp(), beta)
 
@@ -859,7 +860,7 @@ def note(message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """What went wrong, in a line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -879,7 +880,7 @@ def flag(name: str) -> str:
 
 
 def read_flags(kind: type, description: str, **options):
-    """tyro.cli with the first line and the commands of a docstring; what it says of an error becomes one line.
+    """tyro.cli, described by a docstring's first line and commands; an error becomes one line.
 
     --help has the headings of the source, `# Soft actor-critic`, which a flat class cannot tell tyro.
     """
@@ -913,10 +914,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         else:
             checkpoint = load(path / "checkpoint.pt", "progress")
-        saved = Args(**checkpoint["args"])
-        saved.resume = args.resume
-        saved.evaluate = args.evaluate
-        saved.capture_video = False
+        own = dict(resume=args.resume, evaluate=args.evaluate, capture_video=False)
+        saved = Args(**checkpoint["args"] | own)
         saved.track &= bool(args.resume)
         saved.cuda &= torch.cuda.is_available()
         args = read_flags(Args, __doc__, default=saved)
@@ -931,7 +930,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         if args.resume and args.offline_steps + args.online_steps <= checkpoint["progress"]["step"]:
             fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --online-steps to continue")
     elif args.run_name and (folder := Path("runs") / args.run_name).exists():
-        fail(f"--run-name {args.run_name}: {folder} exists; choose another name, or continue it with --resume {folder}")
+        fail(f"--run-name {args.run_name}: {folder} exists: remove it, take another name, or --resume {folder}")
     task = args.env_id.split("-play")[0]
     if args.beta is None:
         args.beta = BETA.get("lift" if args.env_id.startswith("robosuite/") else task, 100)
@@ -951,7 +950,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
         ("online_fraction", lambda x: x is None or 0 <= x <= 1, "in [0, 1]"),
-        ("cuda", lambda on: torch.cuda.is_available() or not on, "off: this torch finds no CUDA device; use --no-cuda"),
+        ("cuda", lambda on: torch.cuda.is_available() or not on, "off where torch finds no CUDA device (--no-cuda)"),
     ]
     for names, holds, requirement in rules:
         for name, value in vars(args).items():
@@ -1067,7 +1066,7 @@ def target_entropy_of(args: Args, actor: Actor) -> float:
     target = actor.target_entropy if args.target_entropy is None else args.target_entropy
     largest = actor.largest_entropy()
     if args.autotune and target > largest:
-        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds that; lower it, or use --no-autotune")
+        fail(f"--target-entropy must be at most {largest:.4g}: no policy exceeds that; lower it, or leave it out")
     return target
 
 
@@ -1095,7 +1094,7 @@ class Progress:
 
 
 def thread_failed(failure) -> None:
-    """For threading.excepthook: TensorBoard raises again, at the next write, what stopped its thread."""
+    """A threading.excepthook that is silent about a full disk: TensorBoard raises that again at the next write."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
@@ -1128,7 +1127,7 @@ class Run:
                 )  # fmt: skip
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
-            self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the process lives
+            self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
             lock(self.lock)
             flags = json.dumps(asdict(args) | {"files": self.progress.files}, indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
@@ -1146,7 +1145,7 @@ class Run:
             self.handlers[number] = signal.signal(number, self.on_signal)
         shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115  a log file gets lines
         self.bar = tqdm(total=self.total, initial=self.progress.step, unit=" steps", dynamic_ncols=True, file=shown)
-        self.clock = time.time() - self.progress.seconds
+        self.clock = time.monotonic() - self.progress.seconds
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -1154,7 +1153,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.close()
-        with contextlib.suppress(OSError):  # a full disk has its message below; what was saved is on it
+        with contextlib.suppress(OSError):  # a full disk is reported below
             self.writer.close()
         if isinstance(error, (Exception, SystemExit)) and not isinstance(error, Failure):
             where = "the disk may be full"
@@ -1176,17 +1175,17 @@ class Run:
 
     def seconds(self) -> float:
         """Time spent training so far."""
-        return time.time() - self.clock
+        return time.monotonic() - self.clock
 
     @contextlib.contextmanager
     def paused(self):
-        """What happens within it takes no time of the run."""
-        began = time.time()
+        """Time spent within it is not counted."""
+        began = time.monotonic()
         yield
-        self.clock += time.time() - began
+        self.clock += time.monotonic() - began
 
     def kept(self) -> str:
-        """What an error leaves."""
+        """What is kept after an error, in words."""
         if not self.saved_step:
             return "no checkpoint yet"
         return f"the checkpoint of step {self.saved_step} is kept: --resume {self.folder}"
@@ -1210,7 +1209,7 @@ class Run:
         return dict(zip(LOSSES, rows.mean(0).tolist(), strict=True))
 
     def log_update(self, losses: torch.Tensor) -> None:
-        """Note an update and its losses; every 100 updates their means are written."""
+        """Note an update and its losses; every 100 updates the means since then, or since a checkpoint, are written."""
         self.progress.updates += 1
         self.history.append((self.progress.step, losses.clone()))
         if self.progress.updates % 100 == 0:
@@ -1269,25 +1268,17 @@ class Run:
             for name, value in state[network].items():
                 self.check_finite(**{f"{network}.{name}": value.cpu().numpy()})
         self.progress.seconds = self.seconds()
-        own = {
-            "script": SCRIPT,
-            "args": asdict(self.args),
-            "progress": asdict(self.progress),
-        }
         self.save_policy("policy.pt", policy)
-        write(self.folder / "checkpoint.pt", own | state)
+        self.save_as("checkpoint.pt", progress=asdict(self.progress), **state)
         self.saved_step = self.progress.step
 
     def save_policy(self, name: str, actor: Actor) -> None:
         """Write an actor and what builds it, as `load_policy` reads it."""
-        policy = {
-            "script": SCRIPT,
-            "args": asdict(self.args),
-            "step": self.progress.step,
-            "obs_dim": actor.obs_dim,
-            "actor": actor.state_dict(),
-        }
-        write(self.folder / name, policy)
+        self.save_as(name, step=self.progress.step, obs_dim=actor.obs_dim, actor=actor.state_dict())
+
+    def save_as(self, name: str, **state) -> None:
+        """Write `state` and what wrote it, as `load` reads it."""
+        write(self.folder / name, {"script": SCRIPT, "args": asdict(self.args), **state})
 
     def say_where(self) -> None:
         """Say where the run is, and how to resume one that was stopped, which has an exit code of its own."""
@@ -1298,7 +1289,7 @@ class Run:
 
 
 def write(path: Path, state: dict) -> None:
-    """Write `state` such that at any instant a complete file is there. Raises OSError if it cannot."""
+    """Write `state` so that `path` is always a complete file, the old or the new. Raises OSError if it cannot."""
     temporary = path.with_suffix(".pt.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1327,7 +1318,7 @@ def load(path: Path, key: str) -> dict:
     if written_by != SCRIPT:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
-        fail(f"{path} is of another kind: --resume takes a run's folder, --evaluate that or one of its policy files")
+        fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file of it")
     if differing := flags ^ set(vars(Args())):
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
@@ -1338,7 +1329,7 @@ def load(path: Path, key: str) -> dict:
 
 
 def build_policy(state: dict) -> Actor:
-    """The actor of what `Run.save_policy` wrote, frozen."""
+    """The actor that `Run.save_policy` wrote, frozen."""
     args = Args(**state["args"])
     bounds = torch.ones(len(state["actor"]["scale"]) // args.chunk)  # the true ones are in the state
     actor = make_actor(args, state["obs_dim"], -bounds, bounds)
@@ -1417,7 +1408,7 @@ def fork_random(seed: int, device: torch.device, env: gym.Env):
 
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
-    """All that decides how a run continues from an episode's end."""
+    """All that decides how a run continues from an episode's end, if the environment keeps only its generator."""
     return {
         **{name: part.state_dict() for name, part in learned.items()},
         **{name: tensor.detach() for name, tensor in tensors.items()},
@@ -1438,7 +1429,7 @@ def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env
 
 
 def lock(file) -> None:
-    """Take a file for this process, as long as it is open; stops the program if another process has it."""
+    """Lock a file for this process as long as it is open; stops the program if another process has it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -2034,7 +2025,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     known = not np.isnan(successes).all()  # some environments report nothing but successes
     rate = np.nansum(successes) / episodes if known else math.nan
     interval = success_interval(int(np.nansum(successes)), episodes) if known else (math.nan, math.nan)
-    error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # the sample's deviation over the root of episodes
+    error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # np.std divides by n; the sample's deviation by n - 1
     values = [rate, *interval, np.mean(returns), error, np.mean(lengths)]
     return dict(zip(SCORES, values, strict=True))
 
@@ -2090,7 +2081,7 @@ def compiled_policy(actor: Actor, jit, graph):
 
 
 def unchanged(function):
-    """What takes the place of a compiler where there is none."""
+    """Stands in for a compiler where there is none."""
     return function
 
 
@@ -2099,9 +2090,9 @@ def find_compiler(device: torch.device):
 
     def jit(function):
         options = {
-            # Each function always meets the same shapes and modes: checking that on every call cost 0.2 ms.
+            # Each function always meets the same shapes and modes: checking that would cost 0.2 ms a call.
             "guard_filter_fn": lambda guards: [False] * len(guards),
-            # Products of one row, the policy's, become sums that are compiled with the rest: a library costs more.
+            # Products of one row (the policy's) are compiled as sums: a library call costs more.
             "post_grad_fusion_options": {"decompose_mm_pass": {}},
         }
         # Guards are off, so closures of one text would share the first one's graph: each gets its own code object.
@@ -2119,8 +2110,8 @@ def find_compiler(device: torch.device):
         print("the first update compiles the losses, for a minute or two", file=sys.stderr)
         torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
         return jit
-    except Exception:
-        note("torch.compile finds no working C++ compiler; continuing without it, slower")
+    except Exception as error:
+        note(f"torch.compile does not work here ({first_line(error)}); continuing without it, slower")
         return unchanged
 
 

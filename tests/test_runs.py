@@ -406,6 +406,22 @@ def test_evaluations_at_a_checkpoints_step_are_kept(script, main):
     assert [row for row in rows if row[:2] != ["40", "stochastic"]] == whole and len(rows) == 1 + len(whole) == 1 + 5
 
 
+def test_a_run_killed_in_its_last_evaluations_makes_them_when_resumed(script, main, monkeypatch):
+    """Its last checkpoint is one from which there is still something to do."""
+    flags = ["--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, "--save-every", 20, "--eval-every", 20, *SMALL]
+    whole = main(script, *flags, "--total-timesteps", 60)
+    evaluate, calls = script.evaluate, []
+    dies = lambda *inputs: calls.append(None) or (sys.exit(1) if len(calls) == 4 else evaluate(*inputs))  # noqa: E731
+    monkeypatch.setattr(script, "evaluate", dies)  # at 20, 40, 60 deterministic and then 60 stochastic
+    with pytest.raises(SystemExit):
+        main(script, *flags, "--total-timesteps", 60)
+    folder = the_run(Path.cwd())
+    assert checkpoint(folder)["step"] == 40
+    main(script, "--resume", folder)
+    assert returns(folder, "eval.csv") == returns(whole, "eval.csv")
+    assert_same(*(checkpoint(run)["actor"] for run in (folder, whole)))
+
+
 def test_a_tracked_run_is_tracked_when_resumed(script, main, monkeypatch):
     """Under the same name; what plays its policy is not."""
     calls = []
