@@ -66,11 +66,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-EPISODE = "sac_flow_episode"  # an episode's return and length in its last info; "episode" may be taken
+EPISODE = "sac_flow_episode"  # an episode's return and length in its last info; "episode" may be another wrapper's
 LOSSES = (
     "qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy", "alpha_log_prob",
 )  # fmt: skip
-# robosuite's tasks: its environment's name, the horizon of robomimic's data sets
+# robosuite's tasks: its environment's name, and after how many steps QC and the authors' code cut an episode
 ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("NutAssemblySquare", 400)}
 SCORES = ("success_rate", "success_low", "success_high", "return", "return_error", "length")  # of an evaluation
 COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
@@ -115,7 +115,7 @@ class Args:
     compile: bool = True
     """torch.compile the losses and the rollout, if a compiler works; on a GPU, replay each update as a CUDA graph"""
     capture_video: bool = False
-    """with --evaluate, write a video of the first episode of each kind to <run>/videos"""
+    """with --evaluate, write videos of the first deterministic and the first sampled episode to <run>/videos"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 5_000
@@ -165,16 +165,16 @@ class Args:
     actor_lr: float = 3e-4
     """learning rate of the actor"""
     beta: Optional[float] = None
-    """offline weight of the mean square of a_theta - a_data, in units of the bounds; default: the paper's for the task,
+    """offline weight of the mean square of a_theta - a_data, for actions in [-1, 1]; default: the task's in the paper,
     lift's for other tasks of robosuite, else 100"""
-    # On lift, can and square the paper goes down to 1 000 online. Lift with 100 demonstrations, three seeds, success
-    # after the offline phase and 5 000 online steps: 0.82 and 0.79 with that, 0.82 and 0.93 with 10 000 throughout.
+    # On lift, can and square the paper goes down to 1 000 online. Lift, 100 demonstrations, three seeds, a version with
+    # faulty critics and Euler's step, success after 2 500 updates offline and after 5 000 online steps: 0.82 and 0.79
+    # with that, 0.82 and 0.93 with 10 000 throughout.
     online_beta: Optional[float] = None
     """the same online; a_data is then the batch's action, from the data or from the policy's own experience; default:
     --beta"""
-    # Measured on lift with Euler's step, Flow-G, 2 500 updates offline and 5 000 steps online, three seeds, 50 episodes
-    # each, success after the first and after both: learned sigma and alpha 0.82 and 0.79, sigma 0.1 and no entropy 0.55
-    # and 0.68.
+    # Measured likewise, with the paper's switch of beta: learned sigma and alpha 0.82 and 0.79, sigma 0.1 and no
+    # entropy 0.55 and 0.68.
     alpha: float = 0.1
     """entropy coefficient: its start, or its value with --no-autotune"""
     autotune: bool = True
@@ -293,8 +293,9 @@ class DecoderLayer(nn.Module):
 class DecodedVelocity(nn.Module):
     """Flow-T: v = W_o LN(Phi_L), Phi_L from decoder layers that read the observation.
 
-    Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token. `contractive`: v starts near
-    -a, plus what observation and time add; else the rollout starts by passing all of A_0 on to the action.
+    Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token. `contractive`, which needs
+    dim >= action_dim: v starts near -a, plus what observation and time add; else the rollout starts by passing all of
+    A_0 on to the action.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int = 64, layers: int = 2, contractive: bool = True):
@@ -390,7 +391,8 @@ class Actor(nn.Module):
             nn.init.constant_(self.sigma_net[-1].bias, start)
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # The paper's target, 0, would take far more noise than the paper's sigma: this one keeps it near `sigma`.
+        # The paper's target, 0, would take far more noise than the paper's sigma. This one is met near `sigma`, and
+        # above it where actions are near their bounds.
         self.target_entropy = self.largest_entropy(sigma)
 
     def velocity(self, t, a, obs):
@@ -410,9 +412,9 @@ class Actor(nn.Module):
 
         The score of the linear path's marginal is (t v - a) / (1 - t). For the velocity of a true flow and large K,
         both steps with the score keep the marginals of the rollout without noise. Euler's step, the paper's, overshoots
-        where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within
-        the step and solves the rest exactly, so the score's factor rho is in (0, 1) whatever sigma and K (step 8 of
-        the derivation).
+        where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and that scale fixed
+        within the step and solves the rest exactly, so the score's factor rho is in (0, 1) whatever sigma and K (step 8
+        of the derivation).
         """
         dt = 1 / self.flow_steps
         t = i * dt
@@ -521,10 +523,10 @@ class Critic(nn.Module):
 def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
     """sum_j mean valid (Q_j(s, a) - y)^2 / 2,  y = r + discount (1 - d) (mean_j Q'_j(s', a') - alpha log p_c(path')).
 
-    `batch` is what `merge_chunks` returns, `discount` gamma^h. A chunk is valid if all of it was executed, or it
-    terminates. Then what the policy would have gone on with takes the place of the actions that came too late to be
-    executed: those of the buffer begin another episode, and Q would learn that such a beginning means success. Returns
-    the loss and mean Q.
+    `batch` is what `merge_chunks` returns, `discount` gamma^h. A chunk is valid if all of it was executed, or if it
+    terminates. Actions after the termination were never executed: those of a new sample of the policy take their place.
+    With those of the buffer, which are of the next episode or of play that goes on, Q would learn that they mean
+    success. Returns the loss and mean Q.
     """
     obs, action, _, executed, reward, terminated, next_obs = batch
     valid = torch.maximum(terminated, executed[:, -1])
@@ -543,8 +545,8 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
 def flow_matching_loss(actor, batch, noise, t):
     """mean own ((x1 - x0) - v(t, (1 - t) x0 + t x1, s))^2, x0 = noise (B, D), x1 the data's action before the squash.
 
-    The mean is over batch and dimensions. Flow times t (B, 1), uniform in [0, 1]; steps of a chunk beyond its episode
-    do not count.
+    The mean is over batch and dimensions. Flow times t (B, 1), uniform in [0, 1). Of a chunk that runs over its
+    episode's end the later actions are inputs of v, as in QC, but have no error of their own.
     """
     obs, action, own, *_ = batch
     x1 = actor.unsquash(action)
@@ -680,7 +682,8 @@ class ReplayBuffer:
 
     def fill(self, data: torch.Tensor) -> None:
         """Start anew with rows of data."""
-        self.rows[len(data) : len(self)].zero_()  # what a resumed run has there, too
+        # Chunks at the end of the data run on into the rows after it, which a resumed run has as zeros.
+        self.rows[len(data) : len(self)].zero_()
         self.refill(data, len(data))
         self.data_size.fill_(len(data))
 
@@ -722,7 +725,7 @@ def main() -> None:
     actor, critics, targets, buffer = make_networks(args, env, device, about_data)
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
     target_entropy = target_entropy_of(args, actor)
-    beta = torch.tensor(float(args.beta), device=device)
+    beta = torch.zeros((), device=device)  # filled at each step
     adam = partial(torch.optim.Adam, fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
@@ -783,11 +786,8 @@ def main() -> None:
         record(losses, actor_loss=loss, flow_matching=matching, bc=bc)
         record(losses, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob, alpha_log_prob=alpha * log_prob)
 
-    update_offline = graph(partial(update, offline=True))  # take and return nothing: all is in tensors that stay
+    update_offline = graph(partial(update, offline=True))  # they take and return nothing: all is in tensors that stay
     update_online = graph(partial(update, offline=False))
-
-    def save() -> None:
-        run.save(training_state(learned, tensors, buffer, env), actor)
 
     with run, env, eval_env:
         done = True
@@ -830,12 +830,10 @@ def main() -> None:
                 run.end_episode(info)
             if progress.step % args.eval_every == 0 or progress.step in (args.offline_steps, total):
                 score(run, choose, env, eval_env, device)
-            if done and run.should_save():
-                save()
+            if progress.step == total or (done and run.should_save()):
+                run.save(training_state(learned, tensors, buffer, env), actor)
                 if run.interrupted:
                     break
-        if progress.step == total:
-            save()
     run.say_where()
 
 
@@ -940,16 +938,13 @@ def parse_args() -> tuple[Args, Optional[dict]]:
 
     rules = [
         ("resume|evaluate|run_name|dataset", lambda name: name != "", "a name (a shell variable was empty?)"),
-        ("seed|offline_steps|online_st.*", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
-        ("collect", lambda n: n is None or 0 <= n < 2**32, "0 or more, and below 2^32"),
-        ("batch_size", lambda n: 1 <= n <= args.buffer_size, f"from 1 to --buffer-size {args.buffer_size}"),
+        ("seed|collect|offline_steps|online_st.*", lambda n: n is None or 0 <= n < 2**32, "0 or more, and below 2^32"),
         (".*_(size|dim|layers|episodes|every)|flow_steps|chunk|utd", lambda n: n >= 1, "1 or more"),
         (".*_lr|sigma", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("alpha|beta|online_beta", lambda x: 0 <= x < math.inf, "0 or more and finite"),
-        ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("gamma|online_fraction", lambda x: x is None or 0 <= x <= 1, "in [0, 1]"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
-        ("online_fraction", lambda x: x is None or 0 <= x <= 1, "in [0, 1]"),
         ("cuda", lambda on: torch.cuda.is_available() or not on, "off where torch finds no CUDA device (--no-cuda)"),
     ]
     for names, holds, requirement in rules:
@@ -963,7 +958,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     if args.offline_steps + args.online_steps == 0:
         fail("--online-steps must be above 0 if --offline-steps is 0")
     if 0 < args.online_steps <= args.online_start:
-        fail(f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: lower it")
+        fail(f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: raise that")
     if not (args.resume or args.evaluate):
         package = benchmark_of(args.env_id, args.dataset)
         if args.obs_keys and package not in ("robosuite", "pyarrow"):
@@ -994,7 +989,7 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     velocity = {
         "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
         "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
-        # It is cloned first, so its start matters less; sac_flow_t.py's contractive one has not been measured here.
+        # Not contractive as in sac_flow_t.py: whether that helps after cloning has not been measured.
         "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers, contractive=False),
     }[args.velocity]
     return Actor(
@@ -1012,13 +1007,7 @@ def data_statistics(data: torch.Tensor, env: gym.Env) -> dict:
     deviation, mean = torch.std_mean(data[:, :obs_dim], dim=0)
     low, high = data[:, obs_dim : obs_dim + env.action_space.low.size].aminmax(dim=0)
     deviation = torch.where(deviation > 1e-4, deviation, 1)
-    return {
-        "rows": len(data),
-        "mean": mean.tolist(),
-        "deviation": deviation.tolist(),
-        "low": low.tolist(),
-        "high": high.tolist(),
-    }
+    return dict(rows=len(data), mean=mean.tolist(), deviation=deviation.tolist(), low=low.tolist(), high=high.tolist())
 
 
 def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -1129,6 +1118,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
             lock(self.lock)
+            if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
+                fail(f"{self.folder} was continued by another process in the meantime: give the command again")
             flags = json.dumps(asdict(args) | {"files": self.progress.files}, indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -1309,6 +1300,7 @@ def load(path: Path, key: str) -> dict:
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError(damaged)
@@ -1323,6 +1315,7 @@ def load(path: Path, key: str) -> dict:
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
+    state["written"] = written
     with explained(f"{path} was altered, or written by another version of {SCRIPT}"):
         Progress(**state.get("progress", {}))
     return state
@@ -1533,7 +1526,7 @@ class RobosuiteEnv(gym.Env):
         self.render_mode = render_mode
         headless = dict(has_renderer=False, has_offscreen_renderer=render_mode == "rgb_array", use_camera_obs=False)
         self.env = robosuite.make(name, **{"robots": "Panda", **kwargs, **headless, "ignore_done": True, "seed": 0})
-        # All its randomness comes from this generator, which it seeds once: here its state is set at a seeded reset.
+        # robosuite draws all random numbers from this generator and seeds it once; `reset(seed=...)` sets its state.
         self._np_random = self.env.rng
         names = {"object", *self.env._get_observations()}
         if not names.issuperset(obs_keys):
@@ -1593,7 +1586,7 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
             import ogbench
 
             env = ogbench.make_env_and_datasets(args.env_id, env_only=True, **kwargs)
-            if args.sparse:  # -1 until everything is done, in place of minus the number of things not done
+            if args.sparse:
                 env = gym.wrappers.TransformReward(env, lambda reward: -float(reward != 0))
         elif package == "minari":
             env = minari_dataset(args).recover_environment(**kwargs)
@@ -1604,7 +1597,7 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
             env = gym.wrappers.TimeLimit(env, 10_000)
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key=EPISODE)
         if isinstance(env.observation_space, gym.spaces.Dict):
-            env = gym.wrappers.FlattenObservation(env)  # outermost, where `data_space` finds it
+            env = gym.wrappers.FlattenObservation(env)  # outermost: `data_space` looks for it there
     obs = env.observation_space
     action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
@@ -1695,7 +1688,7 @@ def find_dataset(args: Args) -> list[Path]:
 
         name = play_set(args.env_id)
         published = [Path.home() / ".ogbench" / "data" / f"{name}.npz"]
-        if not published[0].is_file():
+        if not published[0].is_file() and not args.collect:
             with contextlib.suppress(OSError):  # no network, or nothing of this name
                 ogbench.utils.download_datasets([name])
     found = [path for path in published if path.is_file()]
@@ -1901,7 +1894,7 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
         fail(f"{path} lacks what a data set for --env-id {args.env_id} has ({error.args[0]}): name another --dataset")
     except Exception as error:
         what = f"is truncated, corrupted or of another format ({first_line(error)})"
-        fail(f"{path} {what}: fetch it again, or another --dataset")
+        fail(f"{path} {what}: fetch it again, or name another --dataset")
     if not data or not data["last"].any():
         fail(f"{path} has no complete episode: name another --dataset")
     if len({len(values) for values in data.values()}) > 1:
@@ -1910,7 +1903,7 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     shapes["next_obs"] = shapes["obs"]
     for key, shape in shapes.items():
         if data[key].shape[1:] not in (shape, shape or (1,)):  # rewards may be (N, 1)
-            fail(f"{path}: {key} has shape {data[key].shape[1:]}, that of --env-id {args.env_id} {shape}")
+            fail(f"{path}: {key} has shape {data[key].shape[1:]}, but --env-id {args.env_id} has {shape}")
     for key, values in data.items():
         if not np.isfinite(values).all():
             fail(f"{path}: {key} has NaN or infinite values: fetch it again or name another --dataset")

@@ -57,7 +57,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-EPISODE = "sac_flow_episode"  # an episode's return and length in its last info; "episode" may be taken
+EPISODE = "sac_flow_episode"  # an episode's return and length in its last info; "episode" may be another wrapper's
 LOSSES = ("qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy")
 
 
@@ -318,9 +318,9 @@ class Actor(nn.Module):
 
         The score of the linear path's marginal is (t v - a) / (1 - t). For the velocity of a true flow and large K,
         both steps with the score keep the marginals of the rollout without noise. Euler's step, the paper's, overshoots
-        where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and 1 - t fixed within
-        the step and solves the rest exactly, so the score's factor rho is in (0, 1) whatever sigma and K (step 8 of
-        the derivation).
+        where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and that scale fixed
+        within the step and solves the rest exactly, so the score's factor rho is in (0, 1) whatever sigma and K (step 8
+        of the derivation).
         """
         dt = 1 / self.flow_steps
         t = i * dt
@@ -958,6 +958,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
             lock(self.lock)
+            if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
+                fail(f"{self.folder} was continued by another process in the meantime: give the command again")
             flags = json.dumps(asdict(args), indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -1143,6 +1145,7 @@ def load(path: Path, key: str) -> dict:
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError(damaged)
@@ -1157,6 +1160,7 @@ def load(path: Path, key: str) -> dict:
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
         fail(f"{path} was written by another version of {SCRIPT}, whose flags differ: it has {old} for {new}")
+    state["written"] = written
     with explained(f"{path} was altered, or written by another version of {SCRIPT}"):
         Progress(**state.get("progress", {}))
     return state

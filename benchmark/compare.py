@@ -1,4 +1,4 @@
-"""Did returns or speed fall from A to B? Exit code 1 if one did with confidence, 0 if not, 2 if nothing can be told.
+"""Did returns or speed fall from A to B? Exit code 1 if one did with confidence, 2 if part of A cannot be compared.
 
     python benchmark/compare.py runs/before runs/after
 
@@ -85,12 +85,14 @@ def main() -> None:
         fail(f"{args.a} and {args.b} have no algorithm on the same environment")
     for env, name in sorted(groups_before ^ groups_after):
         note(f"{name} on {env} is only in {args.a if (env, name) in groups_before else args.b}")
+    incomplete = bool(groups_before - groups_after)
     found = {}  # (environment, algorithm, what) -> values of A, values of B
     for env, name in sorted(common):
         for what, (a, b) in samples(before[env][name], after[env][name]).items():
             if min(len(a), len(b)) > 1:
                 found[env, name, what] = a, b
             else:
+                incomplete = True
                 note(f"{env}, {name}: {what} of {len(a)} and {len(b)} seeds cannot be compared, two of each are needed")
     if not found:
         fail("nothing can be compared: two seeds or more of each are needed")
@@ -109,7 +111,7 @@ def main() -> None:
         digits = 0 if what == "return" else 1
         means = " | ".join(f"{values.mean():.{digits}f} ({len(values)} seeds)" for values in (a, b))
         print(f"| {env} | {name} | {what} | {means} | {shown} | {'fell' if falls else ''} |")
-    raise SystemExit(int(fell))
+    raise SystemExit(1 if fell else 2 if incomplete else 0)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ of the paper that introduced them (Agarwal et al., 2021, arXiv 2108.13264). AdaS
 import csv
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,20 +389,21 @@ def have_seconds(groups: dict[str, list[Run]]) -> bool:
 
 def growth(run: Run, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and |dL/dA_0| / |dL/dA_K| as the update saw them, of the `norms.csv` beside a run: mean or largest."""
+    norms = defaultdict(dict)  # step -> i -> |dL/dA_i|
     with open(run.path.with_name("norms.csv"), newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["statistics"] == "batch"]
-    norms = {}  # i -> |dL/dA_i| along training
-    for row in rows:
-        norms.setdefault(int(row["i"]), []).append(float(row[column]))
-    steps = [int(row["step"]) for row in rows if row["i"] == "0"]
-    return np.array(steps), np.array(norms[0]) / np.array(norms[max(norms)])
+        for row in csv.DictReader(file):
+            if row["statistics"] == "batch" and None not in row.values():  # the last row may be half written
+                norms[int(row["step"])][int(row["i"])] = float(row[column])
+    last = max((i for of_step in norms.values() for i in of_step), default=0)
+    ratios = {step: of_step[0] / of_step[last] for step, of_step in norms.items() if {0, last} <= of_step.keys()}
+    return np.array(list(ratios)), np.array(list(ratios.values()))
 
 
 def draw_norms(env: str, groups: dict[str, list[Run]], style: Style, out: Path) -> None:
     """How gradients grow on their way back through the rollout, along training: geometric means over seeds."""
     with_norms = {}
     for name, runs in groups.items():
-        left = [run for run in runs if run.path.with_name("norms.csv").exists()]
+        left = [run for run in runs if run.path.with_name("norms.csv").exists() and len(growth(run, "grad_norm")[0])]
         if left:
             with_norms[name] = left
     if not with_norms:
@@ -532,7 +534,7 @@ def print_evaluations(env: str, groups: dict[str, list[Run]]) -> None:
     for name, runs in groups.items():
         returns = at_points(runs, "returns")
         for step, success in at_points(runs, "success").items():
-            phase = "offline" if step <= runs[0].offline else "online"
+            phase = "offline" if step <= max(run.offline for run in runs) else "online"
             mean, *ends = t_interval(100 * success)
             rate = cell(mean, *np.clip(ends, 0, 100))
             score = cell(*t_interval(returns[step]))

@@ -61,7 +61,7 @@ RANGES = {
 # Flags in which runs of one group may differ.
 NO_VARIANT = set(
     "env_id seed total_timesteps online_steps run_name resume evaluate cuda compile capture_video track save_every"
-    " eval_every eval_episodes files velocity".split()
+    " eval_every eval_episodes files velocity variant versions".split()
 )
 AVERAGE = "0.995"  # what is read of files that evaluate several averages: the default when they were made
 
@@ -118,7 +118,7 @@ def note(message: str) -> None:
     print(f"note: {message}", file=sys.stderr)
 
 
-def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = (), together: bool = True) -> list[Run]:
+def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = ()) -> list[Run]:
     """All runs below the folders, sorted by environment, in the order of RANGES, algorithm, variant and seed.
 
     Evaluations, or training episodes with `training`; with `only` files whose path has one of these texts. What cannot
@@ -249,11 +249,13 @@ def set_variants(runs: list[Run]) -> None:
 
     And the folder, if the same run is in two of them.
     """
-    scripts = defaultdict(list)  # a script is known by its flags
+    kinds = defaultdict(list)
     for run in runs:
-        scripts[run.algorithm, *sorted(run.flags)].append(run)
-    for (_, *keys), alike in scripts.items():
-        for key in [key for key in keys if key not in NO_VARIANT]:
+        if run.flags:
+            kinds[run.algorithm, run.success is None].append(run)
+    for alike in kinds.values():
+        known = set.intersection(*(set(run.flags) for run in alike))  # versions may differ in their flags
+        for key in sorted(known - NO_VARIANT):
             if len({json.dumps(run.flags[key]) for run in alike}) > 1:
                 for run in alike:
                     run.variant.append(f"{key.replace('_', '-')}={run.flags[key]}")

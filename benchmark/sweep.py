@@ -150,6 +150,8 @@ def make_runs(args: Args, common: list[str]) -> list[Run]:
         total = sum(getattr(parsed, name, 0) for name in ("total_timesteps", "offline_steps", "online_steps"))
         name = "__".join(filter(None, [env_id, script, "_".join(flags.split()), str(seed)]))
         folder = Path("runs", args.name, re.sub(r"[^\w.=-]+", "_", name)).absolute()
+        if any(run.folder == folder for run in runs):
+            fail(f"--flags {flags!r}: another flag set has the same folder, {folder.name}")
         runs.append(Run([str(paths[0]), *arguments], folder, total))
     return runs
 
@@ -197,14 +199,15 @@ def open_description(name: str, text: str):
 
 
 def saved_step(folder: Path) -> Optional[int]:
-    """Step of a run's checkpoint, None without one, 0 for one that cannot be read: the script says why."""
+    """Step of a run's checkpoint, or, if that was removed, of its policy; None without one, 0 if it cannot be read."""
     import torch  # here, because most workers never need it
 
-    path = folder / "checkpoint.pt"
-    if not path.exists():
+    paths = [folder / name for name in ("checkpoint.pt", "policy.pt") if (folder / name).exists()]
+    if not paths:
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]["step"]
+        state = torch.load(paths[0], map_location="cpu", weights_only=True, mmap=True)
+        return state["progress"]["step"] if "progress" in state else state["step"]
     except Exception:
         return 0
 
@@ -236,12 +239,12 @@ def train(run: Run, environ: dict[str, str]) -> tuple[str, str]:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             time.sleep(0.2)
+        if (saved_step(run.folder) or 0) >= run.total:
+            return "finished", ""
         if not (run.folder / "checkpoint.pt").exists():
             if (run.folder / "policy.pt").exists():  # results whose checkpoint was removed
                 run.folder.rename(run.folder.with_name(f"{run.folder.name}.{time.time_ns()}.old"))
             shutil.rmtree(run.folder, ignore_errors=True)  # it died before its first checkpoint
-        elif saved_step(run.folder) >= run.total:
-            return "finished", ""
         command = command_of(run)
         print("$", shlex.join(command), file=log, flush=True)
         # It dies with this worker on Linux; elsewhere the retry waits for its end.
@@ -468,7 +471,11 @@ def main() -> None:
     for run in failed:
         print(f"{run.folder.name} failed: {run.note} ({log_of(run)})", file=sys.stderr)
     if stopped:
-        print(f"stopped; resume with the same command, or: python {sys.argv[0]} --file runs/{args.name}/sweep.json")
+        names = "cores_per_run gpus_per_run address retries".split()
+        changed = [name for name in names if getattr(args, name) != getattr(Args, name)]
+        own = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in changed]
+        again = f"python {sys.argv[0]} --file runs/{args.name}/sweep.json"
+        print("stopped; resume with the same command, or:", again, *own)
     raise SystemExit(128 + stopped if stopped else 1 if failed else 0)
 
 

@@ -121,6 +121,17 @@ def test_one_seed_decides_nothing(main, tmp_path, capsys):
     assert "error: nothing can be compared" in captured.err
 
 
+def test_what_b_lacks_is_no_pass(main, tmp_path, capsys):
+    """An algorithm's runs on one task are gone, or all but one seed's; what B has beside A's does not matter."""
+    for env in ("Hopper-v4", "Ant-v4"):
+        write(tmp_path / "a", (1000, 1001), (100, 101), env=env)
+    write(tmp_path / "b", (1000, 1001), (100, 101))
+    assert main(tmp_path / "a", tmp_path / "b") == 2 and "Ant-v4 is only in" in capsys.readouterr().err
+    assert main(tmp_path / "b", tmp_path / "a") == 0
+    write(tmp_path / "b", (1000,), (100,), env="Ant-v4")
+    assert main(tmp_path / "a", tmp_path / "b") == 2
+
+
 def test_nan_is_no_pass(main, tmp_path, capsys):
     write(tmp_path / "a", (1000, 1001), (100, 101))
     write(tmp_path / "b", (1000, math.nan), (100, 101))

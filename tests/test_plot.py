@@ -299,6 +299,12 @@ def test_runs_of_versions_with_different_flags_are_named(tmp_path, capsys):
     assert "Flow-G on Hopper-v4: its runs are of versions with different flags" in capsys.readouterr().err
 
 
+def test_versions_with_different_flags_are_still_told_apart_by_those_they_share(tmp_path):
+    write_run(tmp_path / "runs" / "Hopper-v4__sac_flow_g__1", [(100, 1)], seed=1, batch_size=256)
+    write_run(tmp_path / "runs" / "Hopper-v4__sac_flow_g__2", [(100, 2)], seed=2, batch_size=128, new_flag=3)
+    assert {run.name for run in records.read([tmp_path])} == {"Flow-G batch-size=128", "Flow-G batch-size=256"}
+
+
 def test_a_flag_of_the_data_sets_runs_apart(main, tmp_path):
     for steps in (2500, 5000):
         folder = tmp_path / "runs" / f"lift__{steps}"
@@ -328,7 +334,11 @@ def test_growth_of_the_gradients_of_the_ablation_is_drawn(main, drawn, tmp_path)
     lines = ["step,statistics,i,grad_norm,median,largest,seconds"]
     for step, kind, means, largest in rows:
         lines += [f"{step},{kind},{i},{means[i]},0,{largest[i]},1" for i in range(3)]
-    (folder / "norms.csv").write_text("\n".join(lines) + "\n")
+    (folder / "norms.csv").write_text("\n".join(lines) + "\n300,batch,0,5,0,5,1\n300,batch,1,6")  # is being written
+    write_run(
+        other := tmp_path / "runs" / "Ant-v4__ablation__variant=plain__1", [(100, 1)], env_id="Ant-v4", variant="plain"
+    )
+    (other / "norms.csv").write_text(lines[0] + "\n")  # none yet
     main("runs", "--figures", "norms")
     assert set(drawn) == {"ant-v4-norms"}
     of_mean, of_largest = drawn["ant-v4-norms"]

@@ -718,6 +718,19 @@ def test_run_name(run, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
 
 
+def test_a_run_that_went_on_meanwhile_is_not_set_back(script, main, monkeypatch, capsys):
+    """Two are to resume it; the second has read the checkpoint before the first writes another."""
+    folder = main(script, *PENDULUM, "--total-timesteps", 110)
+    monkeypatch.setattr("sys.argv", ["script", "--resume", str(folder), "--total-timesteps", "150"])
+    args, old = script.parse_args()
+    main(script, "--resume", folder, "--total-timesteps", 130)
+    before = (folder / "returns.csv").read_bytes()
+    with pytest.raises(SystemExit):
+        script.Run(args, args.total_timesteps, old)
+    assert f"{folder} was continued by another process" in capsys.readouterr().err
+    assert (folder / "returns.csv").read_bytes() == before and checkpoint(folder)["step"] == 130
+
+
 def test_a_run_that_is_training_is_not_resumed(run, name, tmp_path):
     flags = [*PENDULUM, "--total-timesteps", 100_000, "--save-every", 1, "--run-name", "x"]
     process = subprocess.Popen(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import sweep
+import torch
 from helpers import ROOT, SMALL, assert_same, checkpoint, command
 
 ENV = "InvertedPendulum-v4"
@@ -202,6 +203,39 @@ def test_results_without_a_checkpoint_are_kept(tmp_path):
     assert sweep.train(run, {}) == ("finished", "")
     (aside,) = folder.parent.glob("run.*.old")
     assert (aside / "policy.pt").read_text() == "found" and (folder / "checkpoint.pt").exists()
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_run_again(main, tmp_path, capsys):
+    """Checkpoints are large; the policy tells how far the run came."""
+    flags = [
+        "--name",
+        "some",
+        "--scripts",
+        "sac_flow_g",
+        "--env-ids",
+        ENV,
+        "--seeds",
+        1,
+        *FLAGS,
+        "--total-timesteps",
+        130,
+    ]
+    assert not main(*flags, "--dry-run")
+    name = capsys.readouterr().out.split("--run-name ")[1].split()[0]
+    folder = tmp_path / "runs" / name
+    folder.mkdir(parents=True)
+    run = sweep.Run(command("sac_flow_g", "--env-id", ENV, *FLAGS, "--total-timesteps", 130)[1:], folder, 130)
+    for step in (120, 130):
+        torch.save({"step": step}, folder / "policy.pt")
+        assert sweep.saved_step(folder) == step
+        assert not main(*flags, "--dry-run") and bool(capsys.readouterr().out.strip()) == (step < 130)
+    assert sweep.train(run, {}) == ("finished", "") and [path.name for path in folder.iterdir()] == ["policy.pt"]
+
+
+def test_flag_sets_of_one_folder_are_refused(main, capsys):
+    flags = ["--name", "x", "--scripts", "sac_flow_offline2online", "--env-ids", ENV, "--seeds", 1, "--dry-run"]
+    assert main(*flags, "--flags", "dataset=a/b.npz", "dataset=a_b.npz") == 2
+    assert "another flag set has the same folder" in capsys.readouterr().err
 
 
 def test_flags_beside_a_file_are_added_to_its_own(main, tmp_path, capsys):

@@ -1,7 +1,8 @@
-"""The paper's ablation, one difference at a time: from the plain velocity as it is here to the authors' naive control.
+"""The paper's ablation, step by step: from the plain velocity as it is here to the authors' naive control.
 
-The authors' naive control differs from their Flow-G in more than the gate. Each variant adds one of the differences to
-the one before it, or takes one away, so that a run shows which of them makes gradients grow or returns collapse:
+The authors' naive control differs from their Flow-G in more than the gate. Each variant adds a difference, or a few
+that belong together, to the one before it, or takes one away, so that a run shows which makes gradients grow or returns
+collapse:
 
     plain            sac_flow_naive.py with --entropy path, but for the actor's warm-up (below), as all that follow
     sigma            + sigma(s, A, t) from the velocity's hidden layer; noise without sqrt(dt), and no score

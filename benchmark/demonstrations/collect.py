@@ -126,7 +126,7 @@ def wrapped(angle: float, period: float) -> float:
 
 
 def aligned(name: str, period: float) -> Callable:
-    """turn(obs), the rad by which to turn the gripper till its x axis is the object's, up to multiples of `period`."""
+    """turn(obs), the rad by which to turn the gripper until its x axis is the object's, up to multiples of `period`."""
     return lambda obs: wrapped(heading(obs[f"{name}_quat"]) - heading(obs["robot0_eef_quat"]), period)
 
 
@@ -145,7 +145,7 @@ def steer(obs: dict, target, turn: float, grip: float) -> np.ndarray:
 
 
 def go(obs: dict, target: Callable, turn: Callable, grip: float, within: float):
-    """Move to target(obs) (3,) and turn by turn(obs) rad, till `within` metres of it; returns the last observation."""
+    """Move to target(obs) (3,) and turn by turn(obs) rad, until `within` metres of it; returns the last observation."""
     while np.linalg.norm(target(obs) - obs["robot0_eef_pos"]) > within or abs(turn(obs)) > 0.1:
         obs = yield steer(obs, target(obs), turn(obs), grip)
     return obs
@@ -388,7 +388,7 @@ def minari_player(args: Args) -> Callable:
         torch.manual_seed(seed)
         rng = np.random.default_rng((seed, 1))
         obs, _ = env.reset(seed=seed)
-        rows = defaultdict(list, observations=[obs])
+        rows = defaultdict(list, observations=[np.array(obs)])  # copies: an environment may change its own in place
         done = False
         while not done:
             with torch.no_grad():
@@ -397,7 +397,13 @@ def minari_player(args: Args) -> Callable:
             action = script.to_action(action.reshape(scale.shape) + noise, env.action_space)
             obs, reward, terminated, truncated, _ = env.step(action)
             done = terminated or truncated
-            row = dict(observations=obs, actions=action, rewards=reward, terminations=terminated, truncations=truncated)
+            row = dict(
+                observations=np.array(obs),
+                actions=action,
+                rewards=reward,
+                terminations=terminated,
+                truncations=truncated,
+            )
             for key, value in row.items():
                 rows[key].append(value)
         rows["seed"] = seed
@@ -503,8 +509,9 @@ def settings_of(args: Args) -> dict:
         import gradient_norms
 
         gradient_norms.described(args.policy)
+        file = args.policy if args.policy.suffix == ".pt" else args.policy / "policy.pt"
         try:
-            settings["policy"] = hashlib.sha256((args.policy / "policy.pt").read_bytes()).hexdigest()
+            settings["policy"] = hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError as error:
             fail(f"--policy {args.policy}: {error.strerror} (policy.pt)")
     return settings
@@ -517,7 +524,7 @@ def player_of(args: Args) -> Callable:
 
 
 def collect(args: Args, parts: Path, i: int) -> int:
-    """Play episode i till it succeeds and keep it as <parts>/<i>.npz; returns the number of failed attempts."""
+    """Play episode i until it succeeds and keep it as <parts>/<i>.npz; returns the number of failed attempts."""
     for attempt in range(ATTEMPTS):
         seed = int(np.random.SeedSequence((args.seed, i, attempt)).generate_state(1)[0])
         if (episode := player_of(args)(seed)) is not None:

@@ -40,7 +40,7 @@ def states_of(actor, env, seed: int = 1) -> torch.Tensor:
     states = []
     obs, _ = env.reset(seed=seed)
     for _ in range(20 * STATES):
-        states.append(torch.as_tensor(obs, dtype=torch.float32))
+        states.append(torch.tensor(obs, dtype=torch.float32))  # a copy
         action = actor.act(states[-1]).numpy().reshape(env.action_space.shape)
         obs, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
