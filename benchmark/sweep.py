@@ -200,11 +200,11 @@ def open_description(name: str, text: str):
 
 def saved_step(folder: Path) -> Optional[int]:
     """Step of a run's checkpoint, or, if that was removed, of its policy; None without one, 0 if it cannot be read."""
-    import torch  # here, because most workers never need it
-
     paths = [folder / name for name in ("checkpoint.pt", "policy.pt") if (folder / name).exists()]
     if not paths:
         return None
+    import torch  # here, because most workers never need it
+
     try:
         state = torch.load(paths[0], map_location="cpu", weights_only=True, mmap=True)
         return state["progress"]["step"] if "progress" in state else state["step"]

@@ -643,7 +643,7 @@ def assert_refused(done, *words):
         ("--flow-steps 0", "--flow-steps must be 1 or more, not 0"),
         ("--batch-size 512 --buffer-size 100", "--batch-size must be from 2 to --buffer-size 100, not 512"),
         ("--batch-size 1", "--batch-size must be from 2"),
-        ("--no-crossq --batch-size 0", "--batch-size must be from 1"),
+        ("--no-crossq --batch-size 0", "--batch-size must be 1 or more"),
         ("--total-timesteps 2000", "--total-timesteps must be above --learning-starts 5000, where learning begins"),
         ("--critic-lr inf", "--critic-lr must be above 0 and finite, not inf"),
         ("--max-episode-steps 0", "--max-episode-steps"),
@@ -827,7 +827,7 @@ def test_bad_checkpoints(run, name, tmp_path):
     altered["random"] = None
     torch.save(altered, path)
     assert_refused(run("--resume", folder, "--total-timesteps", 200), "was altered")
-    for key, words in {"progress": "of another kind", "args": "another version", "buffer": "was altered"}.items():
+    for key, words in {"progress": "another kind", "args": "another version", "buffer": "was altered"}.items():
         altered = torch.load(io.BytesIO(whole))
         del altered[key]
         torch.save(altered, path)

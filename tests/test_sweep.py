@@ -76,7 +76,7 @@ def process_of(run: Path) -> tuple[int, int]:
     """Process id of a run and that of its worker; 0, 0 if it has none."""
     for line in subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines():
         pid, parent, arguments = line.split(None, 2)
-        if f"/{run.name}" in arguments and "sac_flow" in arguments:
+        if f"{run.parent.name}/{run.name}" in arguments and "sac_flow" in arguments:
             return int(pid), int(parent)
     return 0, 0
 
