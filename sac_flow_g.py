@@ -1274,8 +1274,10 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
         fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
         fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
+    if not (action.low.size and action.is_bounded() and (action.low < action.high).all()):
+        fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
     if env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms"):
-        fail(f"--env-id {env_id}: a checkpoint has no NormalizeObservation or NormalizeReward; leave them out")
+        fail(f"--env-id {env_id}: what NormalizeObservation or NormalizeReward saw is not saved; leave it out")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
             import moviepy  # noqa: F401

@@ -1609,7 +1609,7 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
         remedy = "choose another task, or take the data's by --rescale-actions"
         fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; {remedy}")
     if env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms"):
-        fail(f"--env-id {args.env_id}: a checkpoint has no NormalizeObservation or NormalizeReward; leave them out")
+        fail(f"--env-id {args.env_id}: what NormalizeObservation or NormalizeReward saw is not saved; leave it out")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
             import moviepy  # noqa: F401

@@ -1,4 +1,4 @@
-"""Did returns or speed fall from A to B? Exit code 1 if one did with confidence, 2 if part of A cannot be compared.
+"""Did returns or speed fall from A to B? Exit code 1: with confidence, 2: part of A cannot be compared, 0: no.
 
     python benchmark/compare.py runs/before runs/after
 

@@ -61,7 +61,7 @@ RANGES = {
 # Flags in which runs of one group may differ.
 NO_VARIANT = set(
     "env_id seed total_timesteps online_steps run_name resume evaluate cuda compile capture_video track save_every"
-    " eval_every eval_episodes files velocity variant versions".split()
+    " eval_every eval_episodes files velocity versions".split()
 )
 AVERAGE = "0.995"  # what is read of files that evaluate several averages: the default when they were made
 

@@ -1,5 +1,6 @@
 """What the tests share that is no fixture: names, calling a script, reading what it leaves, stand-ins for networks."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def the_run(folder: Path) -> Path:
     """The only run in a folder."""
     (run,) = (folder / "runs").iterdir()
     return run
+
+
+def interrupt_after_should_save(script, monkeypatch) -> None:
+    """Ctrl-C comes to `script` in the instant after each question whether a checkpoint is due."""
+    should_save = script.Run.should_save
+
+    def interrupted_afterwards(self):
+        due = should_save(self)
+        self.interrupted = signal.SIGINT
+        return due
+
+    monkeypatch.setattr(script.Run, "should_save", interrupted_afterwards)
 
 
 def checkpoint(run: Path) -> dict:

@@ -1,5 +1,6 @@
 """Data sets of collect.py: the published layouts, successful experts, the same bytes whatever happens."""
 
+import hashlib
 import json
 import subprocess
 import time
@@ -227,6 +228,16 @@ def test_a_policy_is_played_with_its_runs_limit_of_steps(start, tmp_path):
     play(4)
     again = play(3)
     assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+def test_a_policy_file_is_played_and_its_observations_are_copied(start, tmp_path):
+    """Of an environment that changes its observation in place."""
+    flags = ["--env-id", "tiny_envs:InPlace-v0", "--learning-starts", 60, "--total-timesteps", 80]
+    assert start(*flags, *SMALL, "--max-episode-steps", 7, name="sac_flow_g").returncode == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    args = collect.Args(env_id="some/home/x-v0", policy=run / "policy.pt", noise=0.0)
+    assert collect.settings_of(args)["policy"] == hashlib.sha256((run / "policy.pt").read_bytes()).hexdigest()
+    assert len(np.unique(collect.minari_player(args)(3)["observations"])) > 2
 
 
 @pytest.mark.parametrize(

@@ -519,6 +519,18 @@ def test_missing_package_names_the_remedy(refused, monkeypatch):
     refused(lambda: script.benchmark_of(CUBE), "ogbench", "-r benchmark/demonstrations/requirements.txt")
 
 
+@pytest.mark.parametrize("episodes", [None, 7])
+def test_nothing_is_downloaded_where_data_are_to_be_collected(monkeypatch, tmp_path, episodes):
+    """--collect asks for other data than the published."""
+    ogbench = pytest.importorskip("ogbench")
+    downloads = []
+    monkeypatch.setattr(script.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(ogbench.utils, "download_datasets", downloads.extend)
+    monkeypatch.setattr(script, "collect", lambda args, looked, advice: Path("collected.npz"))
+    assert script.find_dataset(script.Args(env_id=CUBE, collect=episodes)) == [Path("collected.npz")]
+    assert downloads == ([] if episodes else ["cube-single-play-v0"])
+
+
 def test_defaults_by_task(monkeypatch):
     expected = {"lift": (10_000, 10_000, False), "cube-double-play-singletask-task2-v0": (300, 300, False)}
     expected |= {"cube-triple-play-singletask-v0": (100, 100, False), "scene-play-singletask-v0": (100, 100, True)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_envs
 import torch
-from helpers import checkpoint, the_run, write_minari
+from helpers import checkpoint, interrupt_after_should_save, the_run, write_minari
 
 import sac_flow_offline2online as script
 
@@ -331,16 +331,18 @@ def test_a_run_that_went_on_meanwhile_is_not_set_back(train, scripted, monkeypat
     assert (run / "returns.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("steps", ["--offline-steps 0 --online-steps 12", "--offline-steps 12 --online-steps 0"])
+def test_each_checkpoint_is_written_once(train, scripted, monkeypatch, steps):
+    """It holds the buffer, which is large: also where the run's end is an episode's, or there is no episode."""
+    written, save = [], script.Run.save
+    monkeypatch.setattr(script.Run, "save", lambda run, *state: written.append(run.progress.step) or save(run, *state))
+    train(scripted, *f"--chunk 3 {steps} --online-start 9 --eval-episodes 1 --save-every 5".split())
+    assert written == ([7, 12] if steps.startswith("--offline-steps 0") else [5, 10, 12])
+
+
 def test_a_signal_just_before_the_next_episode_is_heeded_at_its_end(train, scripted, monkeypatch, capsys):
     """Not before its checkpoint is written. Episodes end after 5 and 7 steps."""
-    should_save = script.Run.should_save
-
-    def interrupted_afterwards(self):
-        due = should_save(self)
-        self.interrupted = signal.SIGINT
-        return due
-
-    monkeypatch.setattr(script.Run, "should_save", interrupted_afterwards)
+    interrupt_after_should_save(script, monkeypatch)
     with pytest.raises(SystemExit) as error:
         train(scripted, *"--chunk 3 --offline-steps 0 --online-steps 60 --online-start 40 --eval-episodes 1".split())
     assert error.value.code == 128 + signal.SIGINT

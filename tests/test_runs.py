@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tiny_envs  # noqa: F401  registers Home-v0
 import torch
-from helpers import SCRIPTS, SMALL, assert_same, checkpoint, command, needs_cuda, the_run
+from helpers import SCRIPTS, SMALL, assert_same, checkpoint, command, interrupt_after_should_save, needs_cuda, the_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PENDULUM = ["--env-id", "InvertedPendulum-v4", "--learning-starts", "100", *SMALL]
@@ -454,14 +454,7 @@ def test_stopped_run_saves_at_the_end_of_the_episode(run, name, tmp_path, number
 
 def test_a_signal_just_before_the_next_episode_is_heeded_at_its_end(script, main, monkeypatch, capsys):
     """Not before its checkpoint is written."""
-    should_save = script.Run.should_save
-
-    def interrupted_afterwards(self):
-        due = should_save(self)
-        self.interrupted = signal.SIGINT
-        return due
-
-    monkeypatch.setattr(script.Run, "should_save", interrupted_afterwards)
+    interrupt_after_should_save(script, monkeypatch)
     with pytest.raises(SystemExit) as error:
         main(script, "--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, "--total-timesteps", 60, *SMALL)
     assert error.value.code == 128 + signal.SIGINT and "stopped at step 20; resume with" in capsys.readouterr().out

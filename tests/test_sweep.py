@@ -207,24 +207,13 @@ def test_results_without_a_checkpoint_are_kept(tmp_path):
 
 def test_a_finished_run_without_its_checkpoint_is_not_run_again(main, tmp_path, capsys):
     """Checkpoints are large; the policy tells how far the run came."""
-    flags = [
-        "--name",
-        "some",
-        "--scripts",
-        "sac_flow_g",
-        "--env-ids",
-        ENV,
-        "--seeds",
-        1,
-        *FLAGS,
-        "--total-timesteps",
-        130,
-    ]
+    own = [*FLAGS, "--total-timesteps", 130]
+    flags = ["--name", "some", "--scripts", "sac_flow_g", "--env-ids", ENV, "--seeds", 1, *own]
     assert not main(*flags, "--dry-run")
     name = capsys.readouterr().out.split("--run-name ")[1].split()[0]
     folder = tmp_path / "runs" / name
     folder.mkdir(parents=True)
-    run = sweep.Run(command("sac_flow_g", "--env-id", ENV, *FLAGS, "--total-timesteps", 130)[1:], folder, 130)
+    run = sweep.Run(command("sac_flow_g", "--env-id", ENV, *own)[1:], folder, 130)
     for step in (120, 130):
         torch.save({"step": step}, folder / "policy.pt")
         assert sweep.saved_step(folder) == step

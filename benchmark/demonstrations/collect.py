@@ -397,13 +397,8 @@ def minari_player(args: Args) -> Callable:
             action = script.to_action(action.reshape(scale.shape) + noise, env.action_space)
             obs, reward, terminated, truncated, _ = env.step(action)
             done = terminated or truncated
-            row = dict(
-                observations=np.array(obs),
-                actions=action,
-                rewards=reward,
-                terminations=terminated,
-                truncations=truncated,
-            )
+            obs = np.array(obs)
+            row = dict(observations=obs, actions=action, rewards=reward, terminations=terminated, truncations=truncated)
             for key, value in row.items():
                 rows[key].append(value)
         rows["seed"] = seed
