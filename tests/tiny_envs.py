@@ -174,7 +174,8 @@ for bad in ("RuntimeError", "OSError", "AssertionError", "SystemExit", "values",
     gym.register(f"Failing-{bad}-v0", Failing, max_episode_steps=100, kwargs={"bad": bad})
 gym.register("Home-v0", "tiny_envs:Home")  # by name, as Minari needs it
 gym.register("Recorded-v0", "tiny_envs:Recorded")
-gym.register("Normalized-v0", lambda: NormalizeReward(NormalizeObservation(Home())), max_episode_steps=9)
+gym.register("NormalizedObservation-v0", lambda: NormalizeObservation(Home()))
+gym.register("NormalizedReward-v0", lambda: NormalizeReward(Home()))
 gym.register("Episodic-v0", lambda: RecordEpisodeStatistics(Episodic()))
 gym.register("Windowless-v0", Windowless)
 gym.register("Dice-v0", Dice)
