@@ -174,9 +174,17 @@ def matrices(all_scores: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarr
 
 
 def bootstrap(values: dict, function, reps: int) -> tuple[dict, dict]:
-    """Estimates of `function` and the ends of their intervals, (2, ...), for each name; the same ones at every call."""
+    """Estimates of `function` and the ends of their intervals, (2, ...), for each name; the same ones at every call.
+
+    The ends are NaN where there is one seed (of a pair: of either), of which a resample says nothing.
+    """
     np.random.seed(0)  # rliable draws from numpy's global generator, whatever generator it is given
-    return library.get_interval_estimates(values, function, reps=reps, confidence_interval_size=LEVEL)
+    estimates, ends = library.get_interval_estimates(values, function, reps=reps, confidence_interval_size=LEVEL)
+    for name, scores in values.items():
+        matrices_of_name = scores if isinstance(scores, list) else [scores]
+        if min(len(matrix) for matrix in matrices_of_name) == 1:
+            ends[name] = ends[name] * math.nan
+    return estimates, ends
 
 
 def aggregates(matrix: np.ndarray) -> np.ndarray:
@@ -198,32 +206,30 @@ def improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def adastop(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], str]:
     """AdaStop's decision on each pair of names, from their scores in the order of seeds, at a family-wise level of 5 %.
 
-    It looks at most LOOKS times, after each SEEDS_PER_LOOK further seeds. Decisions are ">", "<", "not told apart", or
-    "needs ... seeds". adastop 0.1.3 compares an absolute difference with a one-sided quantile: of equal algorithms it
-    tells apart twice as many as its level says (55 of 600 at 0.05 with one look), so it is given half of it.
+    It looks at most LOOKS times, after each SEEDS_PER_LOOK further seeds, at the names that have them. Decisions are
+    ">", "<", "not told apart", or "needs ... seeds". adastop 0.1.3 compares an absolute difference with a one-sided
+    quantile: of equal algorithms it tells apart twice as many as its level says (55 of 600 at 0.05 with one look), so
+    it is given half of it.
     """
-    names = list(scores)
+    decided = {pair: f"needs {SEEDS_PER_LOOK} seeds" for pair in itertools.combinations(scores, 2)}
+    names = [name for name, values in scores.items() if len(values) >= SEEDS_PER_LOOK]
     if len(names) < 2:
-        return {}
-    seeds = min(len(values) for values in scores.values())
+        return decided
+    seeds = min(len(scores[name]) for name in names)
     looks = min(LOOKS, seeds // SEEDS_PER_LOOK)
+    test = MultipleAgentsComparator(n=SEEDS_PER_LOOK, K=LOOKS, alpha=(1 - LEVEL) / 2, seed=0)
+    for look in range(1, looks + 1):
+        if not test.is_finished:
+            seen = {name: scores[name][: look * SEEDS_PER_LOOK] for name in names}
+            test.partial_compare(seen, verbose=False)
     words = {
         "larger": ">",
         "smaller": "<",
         "equal": "not told apart",
         "continue": f"needs {(looks + 1) * SEEDS_PER_LOOK} seeds",
     }
-    decisions = {}
-    if looks:
-        test = MultipleAgentsComparator(n=SEEDS_PER_LOOK, K=LOOKS, alpha=(1 - LEVEL) / 2, seed=0)
-        for look in range(1, looks + 1):
-            if not test.is_finished:
-                seen = {name: scores[name][: look * SEEDS_PER_LOOK] for name in names}
-                test.partial_compare(seen, verbose=False)
-        decisions = test.decisions
-    decided = {}
     for i, j in itertools.combinations(range(len(names)), 2):
-        decision = decisions.get(str(np.array([i, j])), "continue")  # adastop's way to name a pair
+        decision = test.decisions[str(np.array([i, j]))]  # adastop's way to name a pair
         decided[names[i], names[j]] = words[decision]
     return decided
 

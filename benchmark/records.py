@@ -265,7 +265,10 @@ def set_variants(runs: list[Run]) -> None:
     keys = defaultdict(set)
     for run in runs:
         keys[run.env, run.name, run.seed].add(run.root)
-    if any(len(roots) > 1 for roots in keys.values()):
+    repeated = [key for key, roots in keys.items() if len(roots) > 1]
+    if repeated:
+        env, name, seed = repeated[0]
+        note(f"seed {seed} of {name} on {env} is in several of the named folders: each folder is a group of its own")
         roots = {run.root for run in runs}
         distinct = len({root.resolve().name for root in roots}) == len(roots)
         for run in runs:

@@ -72,6 +72,16 @@ def test_minutes_of_training(tmp_path, capsys, monkeypatch):
     assert out.splitlines()[-1] == "| ours | 100.0 | 10000 | 1.7 | 1.7 |"
 
 
+def test_a_run_too_short_for_a_median_is_refused(tmp_path, capsys, monkeypatch):
+    """It stopped at 12 000 below the threshold, and could have been there before 15 000."""
+    late = make_run(tmp_path / "late", [0] * 5 + [2000] * 15)
+    short = make_run(tmp_path / "short", [1999] * 12)
+    line = error_of(capsys, monkeypatch, "--runs", f"ours={late}", f"ours={short}", "--speed", "ours=100")
+    assert "ours" in line and "12000" in line and "15000" in line
+    words = "--runs", f"ours={late}", f"other={short}", "--speed", "ours=100", "other=100"
+    assert "| other | 100.0 | > 12000 |" in run(capsys, monkeypatch, *words)
+
+
 def test_speed_is_the_median_and_leaves_out_compilation(tmp_path):
     fast, slow = (make_run(tmp_path / str(n), [0] * 20, seconds=1 / n) for n in (50, 20))
     assert time_to_return.speed_of(fast) == pytest.approx(50)

@@ -119,6 +119,16 @@ def test_bootstrap_intervals_are_of_95_percent():
     assert ends["a"][:, 0].tolist() == [0, 0.75]
 
 
+def test_one_seed_has_no_bootstrap_interval():
+    """Its resamples are all itself; of a pair one seed is enough to leave the interval out."""
+    values = {"one": np.array([[0.5, 1.0]]), "two": np.array([[0.5, 1.0], [0.7, 0.2]])}
+    estimates, ends = plot.bootstrap(values, plot.aggregates, 50)
+    assert np.isnan(ends["one"]).all() and not np.isnan(ends["two"]).any() and estimates["one"][0] == 0.75
+    pairs = {("one", "two"): list(values.values()), ("two", "two"): [values["two"]] * 2}
+    _, ends = plot.bootstrap(pairs, plot.improvement, 50)
+    assert np.isnan(ends["one", "two"]).all() and not np.isnan(ends["two", "two"]).any()
+
+
 def test_profile(drawn):
     """Scores 0.2, 0.4, 0.4, 0.8: the share above 0.1, 0.3, 0.5 and 0.9."""
     runs = [records.Run(Path(), "E", "Flow-G", [], i, *2 * [np.array([1.0])]) for i in range(4)]
@@ -194,6 +204,8 @@ def test_adastop_looks_at_the_first_seeds_first():
 def test_adastop_needs_seeds_and_ends():
     scores = {name: np.array([1.0, 2, 3, 4]) for name in "abc"}
     assert plot.adastop(scores) == {pair: "needs 5 seeds" for pair in itertools.combinations("abc", 2)}
+    scores |= {"a": np.arange(5.0) + 10, "b": np.arange(6.0)}  # c's four keep neither from being compared
+    assert plot.adastop(scores) == {("a", "b"): ">", ("a", "c"): "needs 5 seeds", ("b", "c"): "needs 5 seeds"}
     same = {name: np.arange(12.0) for name in "ab"}
     assert plot.adastop(same) == {("a", "b"): "not told apart"}
 
@@ -411,6 +423,15 @@ def test_same_runs_of_two_folders(tmp_path, capsys):
     runs = records.read([tmp_path / "before", tmp_path / "after"])
     assert {run.name: run.returns.tolist() for run in runs} == {"Flow-G before": [1], "Flow-G after": [3, 4]}
     assert "sac_flow_g__1/eval.csv left out" in capsys.readouterr().err
+
+
+def test_a_seed_in_two_of_many_named_folders_is_said(tmp_path, capsys):
+    """As a shell's runs/* names them."""
+    folders = [tmp_path / f"run{i}" for i in range(3)]
+    for folder, seed in zip(folders, (1, 2, 2), strict=True):
+        write_run(folder / "sac_flow_g__1", [(100, 1)], seed=seed)
+    records.read(folders)
+    assert "seed 2 of Flow-G on Hopper-v4 is in several of the named folders" in capsys.readouterr().err
 
 
 def test_script_from_the_policy(tmp_path):

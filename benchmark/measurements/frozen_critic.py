@@ -3,7 +3,8 @@
 Takes the critics, observations and alpha of one run's checkpoint and trains a new actor of each velocity on them, from
 the same encoder and sigma network, with the same batches, noise and optimizer. Records the actor's loss, the growth of
 the gradient over the rollout |dL/dA_0| / |dL/dA_K|, and the norm of the gradient of all parameters; for several K, with
-the velocity's weight matrices scaled at the start so that dv/dA is large, and with the score and without.
+the velocity's weight matrices scaled at the start so that dv/dA is large, and with the score and without. Each velocity
+starts as its script's does: Flow-G with an open gate, Flow-T contractive.
 
     python benchmark/measurements/frozen_critic.py --run runs/<name> --out benchmark/results/gradients
 

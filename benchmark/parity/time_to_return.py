@@ -176,6 +176,11 @@ def main() -> None:
                 fail(f"{path}: no {args.by} returns in it")
             reached = steps_to(threshold, returns, WINDOW if args.by == "training" else 1)
             seeds.setdefault(name, []).append((reached, returns[-1][0]))
+    for name, of_name in seeds.items():
+        latest = max((step for step, _ in of_name if step is not None), default=0)
+        shortest = min((length for step, length in of_name if step is None), default=latest)
+        if shortest < latest:
+            fail(f"{name}: a run that never got there has {shortest:.0f} steps, another took {latest:.0f}: continue it")
     print(f"{environment}, {threshold:g} by {args.by}:\n\n{table(seeds, speeds)}")
 
 
