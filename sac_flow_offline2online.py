@@ -1,10 +1,10 @@
 """SAC Flow offline-to-online: clone a flow policy from manipulation data, then improve it online with SAC.
 
-The policy makes a chunk of h actions by K steps along a velocity network. Offline, flow matching fits it to the
-data, while critics, SAC's loss and a BC term train on the same data; online the chunks are executed, and all but flow
-matching goes on. In both phases the critics' gradient runs back through the policy's own sampling loop, which a gate
-(Flow-G) or a decoder (Flow-T) as its velocity is meant to keep stable.
-Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments name.
+The policy generates a chunk of h actions in K steps along a velocity network. Offline, flow matching fits it to the
+data, while the critics, SAC's loss and a BC term train on the same data; online, the chunks are executed, and all of
+this but flow matching goes on. In both phases the critics' gradient runs back through the policy's own sampling loop,
+which a gate (Flow-G) or a decoder (Flow-T) in the velocity is meant to keep stable.
+Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments cite.
 
     pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt
     python sac_flow_offline2online.py                                # robosuite's lift, 100 scripted demonstrations
@@ -66,17 +66,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-EPISODE = "sac_flow_episode"  # an episode's return and length in its last info; "episode" may be another wrapper's
+EPISODE = "sac_flow_episode"  # where an episode's last info has its return and length; "episode" may be taken
 LOSSES = (
     "qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy", "alpha_log_prob",
 )  # fmt: skip
-# robosuite's tasks: its environment's name, and after how many steps QC and the authors' code cut an episode
+# robosuite's tasks: the environment's name, and the steps after which QC and the authors' code truncate an episode
 ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("NutAssemblySquare", 400)}
 SCORES = ("success_rate", "success_low", "success_high", "return", "return_error", "length")  # of an evaluation
 COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dim observation
-# The paper's offline weights of the BC term, and cube-double's for cube-single; robosuite's other tasks take lift's.
-# All else: 100.
+# The paper's offline weights of the BC term; cube-single gets cube-double's, robosuite's other tasks get lift's.
+# Everything else: 100.
 BETA = {"lift": 10_000, "can": 10_000, "square": 10_000, "cube-single": 300, "cube-double": 300}
 
 
@@ -95,9 +95,9 @@ class Args:
     dataset: Optional[str] = None
     """file with the data (robomimic's .hdf5, OGBench's .npz; for a gymnasium id .npz or .hdf5 with D4RL's keys), a
     folder of .npz files that are used in turn, the folder of a LeRobot data set (version 3), or the root folder of
-    Minari data sets; default: where the packages keep what they download, then data/"""
+    Minari data sets; default: where the packages keep their downloads, then data/"""
     obs_keys: tuple[str, ...] = ()
-    """parts of the observation, in order; default: the usual four of robomimic, observation.state of LeRobot"""
+    """parts of the observation, in order; default: robomimic's usual four, or LeRobot's observation.state"""
     collect: Optional[int] = None
     """episodes to collect with scripted experts if there is no data; default: 100 for lift, can and square, else 0"""
     seed: int = 1
@@ -105,11 +105,11 @@ class Args:
     offline_steps: int = 5_000
     """updates on the data alone, before the policy acts in the environment"""
     online_steps: int = 10_000
-    """environment steps after them"""
+    """environment steps after the offline updates"""
     eval_every: int = 5_000
     """steps between evaluations; there is one at the end of each phase, too"""
     eval_episodes: int = 50
-    """episodes of an evaluation"""
+    """episodes per evaluation"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU (the default where there is one)"""
     compile: bool = True
@@ -119,7 +119,7 @@ class Args:
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 5_000
-    """steps between checkpoints; online each waits for the end of an episode; the end of the run saves one, too"""
+    """steps between checkpoints; online, each is saved when an episode ends; one is also saved at the end of the run"""
     run_name: Optional[str] = None
     """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
@@ -131,29 +131,29 @@ class Args:
     chunk: int = 5
     """h, actions that the policy chooses at once and executes one after the other; 1: no chunks"""
     buffer_size: int = 2_000_000
-    """transitions that the replay buffer holds at most, the data included; only what the run can fill is allocated"""
+    """capacity of the replay buffer in transitions, the data included; only what the run can fill is allocated"""
     online_fraction: Optional[float] = None
-    """share of each online batch that is drawn from online experience, the rest from the data; default: uniform"""
+    """share of each online batch drawn from online experience, the rest from the data; default: uniform over both"""
     normalize_observations: bool = False
-    """standardise observations by the data's mean and deviation (a folder's: by those of its first file)"""
+    """standardise observations by the data's mean and deviation (for a folder, those of its first file)"""
     rescale_actions: bool = False
-    """for data whose actions are in another unit: each action's smallest and largest value become the policy's bounds,
-    stretched to the environment's if those are finite. Right only if the data reach both ends of every action"""
+    """for data whose actions are in other units: each action's smallest and largest value become the policy's bounds,
+    mapped to the environment's if those are finite. Correct only if the data reach both ends of every action's range"""
     rotate_every: int = 1_000
     """offline steps on each file of a --dataset folder; the last one used stays in the buffer for the online phase"""
     sparse: Optional[bool] = None
-    """reward -1 until all is done, in place of minus OGBench's count of what is not yet done; default: on for scene and
-    puzzle-3x3"""
+    """reward -1 until the whole task is done, in place of OGBench's, which is minus the number of parts not yet done;
+    on by default for scene and puzzle-3x3"""
     batch_size: int = 256
     """chunks per update"""
     utd: int = 1
-    """updates per environment step online"""
+    """updates per online environment step"""
     online_start: int = 1_000
-    """online environment steps before the first update on them"""
+    """online environment steps before the first online update"""
     gamma: float = 0.99
-    """discount factor of one environment step"""
+    """discount factor per environment step"""
     tau: float = 0.005
-    """step of the target networks' moving average"""
+    """update rate of the target networks' moving average"""
     critic_lr: float = 3e-4
     """learning rate of the critics"""
     critic_dim: int = 128
@@ -165,25 +165,25 @@ class Args:
     actor_lr: float = 3e-4
     """learning rate of the actor"""
     beta: Optional[float] = None
-    """offline weight of the mean square of a_theta - a_data, for actions in [-1, 1]; default: the task's in the paper,
-    lift's for other tasks of robosuite, else 100"""
-    # On lift, can and square the paper goes down to 1 000 online. Lift, 100 demonstrations, three seeds, a version with
-    # faulty critics and Euler's step, success after 2 500 updates offline and after 5 000 online steps: 0.82 and 0.79
-    # with that, 0.82 and 0.93 with 10 000 throughout.
+    """offline weight of the BC term, the mean square of a_theta - a_data, for actions in [-1, 1]; default: the paper's
+    for the task, lift's for robosuite's other tasks, else 100"""
+    # On lift, can and square the paper lowers it to 1 000 online. On lift (100 demonstrations, three seeds, a version
+    # with faulty critics and Euler's step), success after 2 500 offline updates and after 5 000 online steps was 0.82
+    # and 0.79 with that, 0.82 and 0.93 with 10 000 throughout.
     online_beta: Optional[float] = None
     """the same online; a_data is then the batch's action, from the data or from the policy's own experience; default:
     --beta"""
-    # Measured likewise, with the paper's switch of beta: learned sigma and alpha 0.82 and 0.79, sigma 0.1 and no
-    # entropy 0.55 and 0.68.
+    # Measured in the same way, with the paper's switch of beta: 0.82 and 0.79 with learned sigma and alpha, 0.55 and
+    # 0.68 with sigma 0.1 and no entropy.
     alpha: float = 0.1
-    """entropy coefficient: its start, or its value with --no-autotune"""
+    """entropy coefficient: its initial value, or its fixed value with --no-autotune"""
     autotune: bool = True
     """learn alpha such that the entropy of the path meets --target-entropy; needs a learned sigma"""
     alpha_lr: float = 3e-4
     """learning rate of the entropy coefficient"""
     target_entropy: Optional[float] = None
-    """target of the path's entropy in nats, all dimensions and steps together; default: what --sigma gives before the
-    squash, where the action's part counts for at most log 2 a dimension"""
+    """target of the path's entropy in nats, summed over dimensions and steps; default: that of --sigma before the
+    squash, with the action's part counted as at most log 2 per dimension"""
 
     # Flow policy
     velocity: Literal["gated", "decoded", "plain"] = "gated"
@@ -191,9 +191,9 @@ class Args:
     flow_steps: int = 4
     """K, steps from noise to action"""
     score_step: Literal["exponential", "euler", "none"] = "exponential"
-    """how the score (which keeps the marginals of a true flow) is integrated; euler is the paper's"""
+    """how to integrate the score, which preserves a true flow's marginals; euler: as in the paper"""
     sigma: float = 0.1
-    """noise scale of the rollout at the start, or always with --no-learn-sigma; one for every loss, phase and action"""
+    """initial noise scale of the rollout, fixed with --no-learn-sigma; the same for every loss, phase and action"""
     learn_sigma: bool = True
     """learn sigma from the observation; --no-learn-sigma needs --no-autotune"""
     sigma_dim: int = 128
@@ -211,7 +211,7 @@ class Args:
 
 
 def mlp(inputs: int, dim: int, layers: int, outputs: int, norm=nn.Identity, activation=nn.SiLU) -> list[nn.Module]:
-    """`layers` hidden layers, each Linear, norm, activation, and a Linear."""
+    """`layers` hidden layers (Linear, norm, activation), then a Linear."""
     sizes = [inputs] + layers * [dim]
     hidden = []
     for n, m in zip(sizes, sizes[1:], strict=False):
@@ -220,7 +220,7 @@ def mlp(inputs: int, dim: int, layers: int, outputs: int, norm=nn.Identity, acti
 
 
 class TimeEmbedding(nn.Module):
-    """Linear map of sines and cosines of the flow time t in [0, 1] (float or (B, 1)) to (dim,) or (B, dim)."""
+    """Embedding of the flow time t in [0, 1] (float or (B, 1)): linear in its sines and cosines, (dim,) or (B, dim)."""
 
     def __init__(self, dim: int, frequencies: int = 16):
         super().__init__()
@@ -236,13 +236,13 @@ class TimeEmbedding(nn.Module):
 class GatedVelocity(nn.Module):
     """Flow-G: v = g * (vhat - a), gate g = sigmoid(z(t, a, s)), candidate vhat(t, a, s).
 
-    Without noise and score a step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. The
-    gate, an MLP with one hidden layer, starts at sigmoid(5) = 0.993 everywhere: the rollout starts contractive.
+    Without noise and score, a step a + dt v is then (1 - dt g) a + dt g vhat: a GRU update with update gate dt * g. The
+    gate, an MLP with one hidden layer, starts at sigmoid(5) = 0.993 everywhere, so that the rollout starts contractive.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int = 128, layers: int = 3, gate_dim: int = 64):
         super().__init__()
-        # The first layers of candidate and gate side by side, and split by input: the observation's part is the
+        # The first layers of candidate and gate are merged, and split by input instead: the observation's part is the
         # same at all K steps, so `encode` computes it once per rollout.
         self.split = dim, gate_dim
         self.from_obs = nn.Linear(obs_dim, dim + gate_dim)
@@ -265,11 +265,11 @@ class GatedVelocity(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm decoder layer: y = phi + Cross(LN(phi), LN(memory)),  phi' = y + FFN(LN(y)), of one token each.
+    """Pre-norm decoder layer on one token each: y = phi + Cross(LN(phi), LN(memory)),  phi' = y + FFN(LN(y)).
 
-    Over one memory token the attention's softmax is 1, whatever queries, keys and heads are: Cross is the linear
-    read-out W_out W_value LN(memory), the same at all K steps, and is all that is built of it here. Self-attention,
-    masked to the diagonal so that a step stays Markov in the action, would be linear too: the FFN does that work.
+    With one memory token the attention's softmax is 1, whatever the queries, keys and heads: Cross reduces to a linear
+    read-out W_out W_value LN(memory), the same at all K steps, and only that is built here. Self-attention, masked to
+    the diagonal so that a step stays Markov in the action, would be linear, too: the FFN does its work.
     """
 
     def __init__(self, dim: int):
@@ -293,9 +293,9 @@ class DecoderLayer(nn.Module):
 class DecodedVelocity(nn.Module):
     """Flow-T: v = W_o LN(Phi_L), Phi_L from decoder layers that read the observation.
 
-    Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token. `contractive`, which needs
-    dim >= action_dim: v starts near -a, plus what observation and time add; else the rollout starts by passing all of
-    A_0 on to the action.
+    Phi_0, the action token, is embed(a) + embed(t); the memory is one observation token. With `contractive`, which
+    needs dim >= action_dim, v starts near -a plus what observation and time add; without it, the rollout initially
+    passes all of A_0 on to the action.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int = 64, layers: int = 2, contractive: bool = True):
@@ -356,11 +356,11 @@ class Normalizer(nn.Module):
 
 
 class Actor(nn.Module):
-    """Flow policy over chunks of h actions: K noisy steps along a velocity network, then tanh to the action bounds.
+    """Flow policy over chunks of h actions: K noisy steps along a velocity network, then a tanh into the action bounds.
 
-    Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
-    bounds, `velocity` a factory (obs_dim, h D) -> module. Below D stands for h D.
-    `sigma` is fixed, or with `learn_sigma` the one at which a learned sigma starts.
+    Needs no environment, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
+    bounds, `velocity` is a factory (obs_dim, h D) -> module. Below, D stands for h D.
+    `sigma` is fixed or, with `learn_sigma`, the value at which the learned sigma starts.
     """
 
     def __init__(
@@ -375,7 +375,7 @@ class Actor(nn.Module):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
-        self.entropy = "path"  # the last step's, which the other scripts take, has not been measured here
+        self.entropy = "path"  # the last step's, which the other scripts use, has not been measured here
         self.obs_dim = obs_dim
         self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
@@ -387,12 +387,12 @@ class Actor(nn.Module):
         if learn_sigma:
             self.sigma_net = nn.Sequential(*mlp(obs_dim, sigma_dim, 2, self.action_dim, activation=nn.ReLU))
             nn.init.zeros_(self.sigma_net[-1].weight)
-            start = math.atanh((self.log_sigma + 1.5) / 3.5)  # where `sigma` below is the flag's
+            start = math.atanh((self.log_sigma + 1.5) / 3.5)  # where `sigma` below equals the flag
             nn.init.constant_(self.sigma_net[-1].bias, start)
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # The paper's target, 0, would take far more noise than the paper's sigma. This one is met near `sigma`, and
-        # above it where actions are near their bounds.
+        # The paper's target, 0, would require far more noise than the paper's sigma gives. This one is met with a sigma
+        # near `sigma`, or above it where actions are near their bounds.
         self.target_entropy = self.largest_entropy(sigma)
 
     def velocity(self, t, a, obs):
@@ -410,11 +410,11 @@ class Actor(nn.Module):
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
 
-        The score of the linear path's marginal is (t v - a) / (1 - t). For the velocity of a true flow and large K,
-        both steps with the score keep the marginals of the rollout without noise. Euler's step, the paper's, overshoots
-        where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and that scale fixed
-        within the step and solves the rest exactly, so the score's factor rho is in (0, 1) whatever sigma and K (step 8
-        of the derivation).
+        The score of the linear path's marginal is (t v - a) / (1 - t). For the velocity of a true flow and large K, the
+        Euler and the exponential step both keep the marginals of the rollout without noise. Euler's step, the paper's,
+        overshoots where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and that
+        scale fixed within the step and solves the rest exactly, so that the score's factor rho is in (0, 1) for any
+        sigma and K (step 8 of the derivation).
         """
         dt = 1 / self.flow_steps
         t = i * dt
@@ -429,11 +429,11 @@ class Actor(nn.Module):
         return a + dt * v, sigma * math.sqrt(dt)
 
     def rollout(self, obs, noise):
-        """Sample actions, and the log density that the entropy counts.
+        """Sample actions, with the log density that enters the entropy.
 
-        A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
+        A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` gives m_i and sqrt(V_i)),  action = squash(A_K),
         log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log(1 - tanh(A_{K,d})^2),
-        the density of A_0 to A_{K-1} and of the action in [-1, 1], so that the unit of actions changes nothing.
+        the log density of A_0 to A_{K-1} and the action in [-1, 1], so that the environment's units do not matter.
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians. Returns action (B, D) in the environment's units,
         log_prob (B,) = log p_c, and the path, the list of A_0 to A_K, (B, D) each (A_0 is a graph node only if noise
         requires grad).
@@ -452,7 +452,7 @@ class Actor(nn.Module):
             mean, deviation = self.step(i, path[i], v, sigma)
             path.append(mean + deviation * noise[i + 1])
             log_deviations.append(deviation.log())
-        # Standardised, A_{i+1} given A_i is noise[i+1]: hence the density of the noise, less the log deviations.
+        # Given A_i, the standardised A_{i+1} is noise[i+1]: hence the noise's log density, less the log deviations.
         counted = slice(-1, None) if self.entropy == "last-step" else slice(None)
         log_normal = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi))
         log_prob = log_normal.sum(0) - sum(log_deviations[counted])
@@ -462,7 +462,7 @@ class Actor(nn.Module):
         return action, (log_prob - log_slope).sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is capped at a uniform one's."""
+        """Total entropy in nats with this sigma everywhere; the action's part is capped at that of a uniform action."""
         one = torch.ones_like(self.scale)
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
         for i in range(self.flow_steps):
@@ -474,24 +474,24 @@ class Actor(nn.Module):
         return float((before + action).sum())
 
     def normalized(self, action):
-        """Actions (B, D) in units of the bounds, in [-1, 1], in which critics see them and the BC term counts."""
+        """Actions (B, D) scaled to [-1, 1], as the critics and the BC term see them."""
         return (action - self.bias) / self.scale
 
     def unsquash(self, action):
-        """The A_K that `rollout` squashes to `action` (B, D), up to 0.5 % of the half range short of its bounds.
+        """The A_K that `rollout` squashes to `action` (B, D), clipped 0.5 % of the half range short of its bounds.
 
-        Flow matching has to aim there, since tanh follows: aimed at the action itself, it would clone tanh(action).
+        Flow matching has to aim at it, since tanh follows: aimed at the action itself, it would clone tanh(action).
         """
         return torch.atanh(self.normalized(action).clamp(-0.995, 0.995))
 
     def draw_noise(self, batch: int, deterministic: bool = False):
-        """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
+        """Noise for a rollout of `batch` observations: unit Gaussians (K+1, B, D), or zeros for the path's mode."""
         draw = torch.zeros if deterministic else torch.randn
         shape = self.flow_steps + 1, batch, self.action_dim
         return draw(shape, device=self.scale.device, dtype=self.scale.dtype)
 
     def act(self, obs, deterministic: bool = False):
-        """Chunks of actions (B, D) for obs (B, obs_dim), or one, (D,), for one of (obs_dim,).
+        """Chunks of actions (B, D) for obs (B, obs_dim), or one chunk (D,) for one obs (obs_dim,).
 
         Deterministic: the mode of the path before the squash, with all noise 0.
         """
@@ -523,10 +523,10 @@ class Critic(nn.Module):
 def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
     """sum_j mean valid (Q_j(s, a) - y)^2 / 2,  y = r + discount (1 - d) (mean_j Q'_j(s', a') - alpha log p_c(path')).
 
-    `batch` is what `merge_chunks` returns, `discount` gamma^h. A chunk is valid if all of it was executed, or if it
-    terminates. Actions after the termination were never executed: those of a new sample of the policy take their place.
-    With those of the buffer, which are of the next episode or of play that goes on, Q would learn that they mean
-    success. Returns the loss and mean Q.
+    `batch` is what `merge_chunks` returns, `discount` is gamma^h. A chunk is valid if all of it was executed, or if it
+    terminates. Actions after a termination were never executed, so a new sample of the policy takes their place: from
+    those in the buffer, which belong to the next episode or to play that goes on, Q would learn that they mean success.
+    Returns the loss and mean Q.
     """
     obs, action, _, executed, reward, terminated, next_obs = batch
     valid = torch.maximum(terminated, executed[:, -1])
@@ -545,8 +545,8 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, discount):
 def flow_matching_loss(actor, batch, noise, t):
     """mean own ((x1 - x0) - v(t, (1 - t) x0 + t x1, s))^2, x0 = noise (B, D), x1 the data's action before the squash.
 
-    The mean is over batch and dimensions. Flow times t (B, 1), uniform in [0, 1). Of a chunk that runs over its
-    episode's end the later actions are inputs of v, as in QC, but have no error of their own.
+    The mean is over batch and dimensions. Flow times t (B, 1) are uniform in [0, 1). Where a chunk runs past the end of
+    its episode, the later actions are inputs of v, as in QC, but have no error of their own.
     """
     obs, action, own, *_ = batch
     x1 = actor.unsquash(action)
@@ -570,7 +570,7 @@ def actor_loss(actor, critics, batch, noise, alpha, beta):
 
 
 def offline_actor_loss(actor, critics, batch, noise, alpha, beta, x0, t):
-    """The sum of `actor_loss` and `flow_matching_loss`. Returns it, and all that both return but the path."""
+    """The sum of `actor_loss` and `flow_matching_loss`. Returns it and everything that both return except the path."""
     loss, bc, log_prob, *_ = actor_loss(actor, critics, batch, noise, alpha, beta)
     matching = flow_matching_loss(actor, batch, x0, t)
     return loss + matching, loss, bc, log_prob, matching
@@ -582,7 +582,7 @@ def alpha_loss(log_alpha, log_prob, target_entropy):
 
 
 def record(losses, **values) -> None:
-    """Put values, by their names in LOSSES, where the log finds them."""
+    """Store values in `losses`, at their names' places in LOSSES, to be logged."""
     for name, value in values.items():
         losses[LOSSES.index(name)].copy_(value)
 
@@ -591,8 +591,8 @@ def with_gradients(loss_function, network):
     """`loss_function` with its gradients in the same graph: function(*inputs) -> loss, *rest, gradients.
 
     `rest` is every other scalar that the loss function returns, and `gradients` are those of the loss with respect to
-    the parameters of `network`, in their order. As one function both passes compile to one graph, and nothing else is
-    computed: an actor update leaves out the gradients of the critics' parameters.
+    the parameters of `network`, in their order. In one function, both passes compile to one graph, and nothing else is
+    computed: an actor update skips the gradients of the critics' parameters.
     """
 
     @wraps(loss_function)
@@ -614,7 +614,7 @@ def apply_gradients(optimizer, gradients) -> None:
 
 
 def move_average(average, network, weight: float) -> None:
-    """Move the parameters of `average` towards those of `network`, which enter with `weight`."""
+    """Move the parameters of `average` a fraction `weight` of the way to those of `network`."""
     with torch.no_grad():
         torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
 
@@ -632,7 +632,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths = [obs_dim, action_dim, 1, 1, 1, obs_dim]  # COLUMNS
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
-        self.last = obs_dim + action_dim + 2  # the column that says: no row of the same episode follows
+        self.last = obs_dim + action_dim + 2  # the column that is 1 where no row of the same episode follows
         self.added = 0  # transitions ever added; the next one goes to row added % capacity
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # len(self) where a CUDA graph can read it
         self.data_size = torch.zeros_like(self.size)  # rows of the data, which come first
@@ -641,9 +641,9 @@ class ReplayBuffer:
         return min(self.added, len(self.rows))
 
     def add(self, obs, action, reward, terminated, next_obs, follows: bool) -> None:
-        """Store one transition; `follows`: it continues the episode of the one added before.
+        """Store one transition; `follows`: whether it continues the episode of the one added before.
 
-        The newest counts as its episode's last until another follows, so that no chunk runs on into older data.
+        The newest counts as the last of its episode until another follows, so that no chunk runs on into older data.
         """
         row = np.concatenate([obs, action, [reward, terminated, 1], next_obs])
         row = row.astype(np.float32)
@@ -654,7 +654,7 @@ class ReplayBuffer:
         self.size.fill_(len(self))
 
     def sample(self, batch_size: int, chunk: int, gamma: float, online_fraction=None) -> list[torch.Tensor]:
-        """A batch of chunks, as `merge_chunks` returns them: uniform, or with that fraction from online experience."""
+        """A batch of chunks as `merge_chunks` returns it: uniform, or with this fraction from online experience."""
         start = torch.randint(2**62, (batch_size, 1), device=self.rows.device)
         if online_fraction is None:
             start = start % self.size
@@ -666,9 +666,9 @@ class ReplayBuffer:
         return merge_chunks(*self.rows[index].split(self.widths, dim=2), gamma)
 
     def filled(self) -> torch.Tensor:
-        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to.
+        """The rows in use, as a tensor of their own: torch.save of a view would write the whole buffer.
 
-        On the CPU, since copies that grow would stay in the memory that a GPU's allocator reserves.
+        On the CPU, since a GPU's allocator would keep the memory of ever larger copies reserved.
         """
         if len(self) == len(self.rows):
             return self.rows.cpu()
@@ -681,8 +681,8 @@ class ReplayBuffer:
         self.size.fill_(len(self))
 
     def fill(self, data: torch.Tensor) -> None:
-        """Start anew with rows of data."""
-        # Chunks at the end of the data run on into the rows after it, which a resumed run has as zeros.
+        """Replace all rows with those of the data."""
+        # Chunks at the end of the data run on into the rows after it, which are zeros in a resumed run.
         self.rows[len(data) : len(self)].zero_()
         self.refill(data, len(data))
         self.data_size.fill_(len(data))
@@ -691,10 +691,10 @@ class ReplayBuffer:
 def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) -> list[torch.Tensor]:
     """h successive rows of the buffer, (B, h, .) each, as one transition of a chunk of h actions.
 
-    Returns obs (B, obs_dim); action (B, h D); own (B, h D), 1 where an action is of the first row's episode; executed
-    (B, h D), 1 where it also comes before a termination, as it would in the environment: play data goes on after a
-    success; reward (B,), the discounted sum of what was executed; terminated (B,), 1 if it terminates; next_obs
-    (B, obs_dim), where a chunk that does not terminate bootstraps.
+    Returns obs (B, obs_dim); action (B, h D); own (B, h D), 1 where an action belongs to the first row's episode;
+    executed (B, h D), 1 where, in addition, no earlier action terminates, as in the environment (play data goes on
+    after a success); reward (B,), the discounted sum over executed actions; terminated (B,), 1 if one of these
+    terminates; next_obs (B, obs_dim), from which a chunk that does not terminate bootstraps.
     """
     reward = reward.squeeze(2)  # (B, h)
     terminated = terminated.squeeze(2)
@@ -786,7 +786,7 @@ def main() -> None:
         record(losses, actor_loss=loss, flow_matching=matching, bc=bc)
         record(losses, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob, alpha_log_prob=alpha * log_prob)
 
-    update_offline = graph(partial(update, offline=True))  # they take and return nothing: all is in tensors that stay
+    update_offline = graph(partial(update, offline=True))  # no inputs or outputs: all is in persistent tensors
     update_online = graph(partial(update, offline=False))
 
     with run, env, eval_env:
@@ -841,7 +841,7 @@ def main() -> None:
 
 
 class Failure(SystemExit):
-    """Raised by `fail` alone."""
+    """Raised only by `fail`."""
 
 
 def fail(message: str) -> NoReturn:
@@ -857,13 +857,13 @@ def note(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, in a line."""
+    """What went wrong, as one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def explained(what: str):
-    """Turn an exception within it into one line, `what` and the reason."""
+    """Turn any exception inside it into a one-line error: `what` and the reason."""
     try:
         yield
     except Failure:
@@ -878,9 +878,9 @@ def flag(name: str) -> str:
 
 
 def read_flags(kind: type, description: str, **options):
-    """tyro.cli, described by a docstring's first line and commands; an error becomes one line.
+    """tyro.cli, described by the first line and the commands of a docstring; an error becomes one line.
 
-    --help has the headings of the source, `# Soft actor-critic`, which a flat class cannot tell tyro.
+    --help gets the source's headings, such as `# Soft actor-critic`, which tyro does not see in a flat class.
     """
     said = io.StringIO()
     shown = "\n".join(re.findall(r"\A.*|^    .*", description, re.M))
@@ -922,7 +922,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
         for name, old in vars(saved).items():
             new = getattr(args, name)
             if name == "env_kwargs" and read_kwargs(new).items() <= read_kwargs(old).items():
-                args.env_kwargs = new = old  # which hold those of robosuite's file, too
+                args.env_kwargs = new = old  # these include those of robosuite's file
             if new != old and name not in may_change:
                 fail(f"{flag(name)} {new} conflicts with {old} of {folder}: drop the flag")
         if args.resume and args.offline_steps + args.online_steps <= checkpoint["progress"]["step"]:
@@ -952,7 +952,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
             if re.fullmatch(names, name) and not holds(value):
                 fail(f"{flag(name)} must be {requirement}, not {value!r}")
     if args.capture_video and not args.evaluate:
-        fail("--capture-video goes with --evaluate")
+        fail("--capture-video needs --evaluate")
     if args.track and args.evaluate:
         fail("--track goes with training: drop the flag")
     if args.offline_steps + args.online_steps == 0:
@@ -989,7 +989,7 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
     velocity = {
         "gated": partial(GatedVelocity, dim=args.velocity_dim, layers=args.velocity_layers, gate_dim=args.gate_dim),
         "plain": partial(PlainVelocity, dim=args.velocity_dim, layers=args.velocity_layers),
-        # Not contractive as in sac_flow_t.py: whether that helps after cloning has not been measured.
+        # Not contractive, unlike in sac_flow_t.py: whether that helps after cloning has not been measured.
         "decoded": partial(DecodedVelocity, dim=args.decoder_dim, layers=args.decoder_layers, contractive=False),
     }[args.velocity]
     return Actor(
@@ -1011,7 +1011,7 @@ def data_statistics(data: torch.Tensor, env: gym.Env) -> dict:
 
 
 def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, np.ndarray]:
-    """The policy's bounds of actions, low and high: the environment's, or with --rescale-actions the data's."""
+    """The policy's action bounds, low and high: the environment's or, with --rescale-actions, the data's."""
     if not args.rescale_actions:
         return env.action_space.low.ravel(), env.action_space.high.ravel()
     low = np.array(about_data["low"])
@@ -1025,10 +1025,10 @@ def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, n
 
 
 def make_networks(args: Args, env: gym.Env, device: torch.device, about_data: dict):
-    """What the flags, the environment and the data's statistics ask for; stops the program if it does not fit together.
+    """Networks and buffer for the flags, environment and data; stops the program if these do not fit together.
 
     Returns the actor, two critics, their target networks and an empty buffer, with room for all that the run will
-    store: it cannot grow later, as CUDA graphs need it to stay in its place.
+    store: it cannot grow later, as CUDA graphs need it to stay at its address.
     """
     obs_dim = env.observation_space.shape[0]
     action_dim = env.action_space.low.size
@@ -1072,7 +1072,7 @@ class Progress:
     files: list = field(default_factory=list)
     """the files that hold the data"""
     data_statistics: dict = field(default_factory=dict)
-    """the `data_statistics` of the first of them; rows of the largest, bounds of actions over all"""
+    """the `data_statistics` of the first file, but with the rows of the largest and the action bounds of all"""
     rows: dict = field(
         default_factory=lambda: {
             "returns.csv": [["step", "return", "length", "success", "seconds"]],
@@ -1089,12 +1089,12 @@ def thread_failed(failure) -> None:
 
 
 class Run:
-    """A run's folder and what is written there; its progress bar; and Ctrl-C.
+    """A run's folder and what is written to it; its progress bar; and the handling of Ctrl-C.
 
-    Made after the networks, so that a wrong flag leaves no folder behind. As a context it counts time, and takes the
-    first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception of the
-    environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use the folder
-    at the same time.
+    Created after the networks, so that a wrong flag leaves no folder behind. As a context manager it keeps time, and
+    takes the first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception
+    from the environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use
+    the folder at the same time.
     """
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict], files: list[str]):
@@ -1106,7 +1106,7 @@ class Run:
         self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress(files=files)
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
-        self.history = []  # of (step, losses) since they were last looked at
+        self.history = []  # (step, losses) of each update since the losses were last checked
         if args.track:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
@@ -1119,7 +1119,7 @@ class Run:
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
             lock(self.lock)
             if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
-                fail(f"{self.folder} was continued by another process in the meantime: give the command again")
+                fail(f"{self.folder} was continued by another process in the meantime: run the command again")
             flags = json.dumps(asdict(args) | {"files": self.progress.files}, indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -1170,7 +1170,7 @@ class Run:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time spent within it is not counted."""
+        """Do not count the time spent inside."""
         began = time.monotonic()
         yield
         self.clock += time.monotonic() - began
@@ -1182,14 +1182,14 @@ class Run:
         return f"the checkpoint of step {self.saved_step} is kept: --resume {self.folder}"
 
     def check_finite(self, **values) -> None:
-        """Stop the program if a value, by its name, is not finite; a loss that was not is named in its place."""
+        """Stop the program if a value is not finite, and name it; if a loss was not finite, name that instead."""
         for name, value in values.items():
             if not np.isfinite(value).all():
                 self.mean_losses()
                 fail(f"step {self.progress.step}: {name} is NaN or infinite; {self.kept()}")
 
     def mean_losses(self) -> dict[str, float]:
-        """Means of the losses since the last call, after a check of each: the only host-device sync for losses."""
+        """Means of the losses since the last call, each checked to be finite: the only host-device sync for losses."""
         if not self.history:
             return {}
         steps, rows = zip(*self.history, strict=True)
@@ -1200,7 +1200,7 @@ class Run:
         return dict(zip(LOSSES, rows.mean(0).tolist(), strict=True))
 
     def log_update(self, losses: torch.Tensor) -> None:
-        """Note an update and its losses; every 100 updates the means since then, or since a checkpoint, are written."""
+        """Record an update and its losses; every 100 updates, write the means since the last write or checkpoint."""
         self.progress.updates += 1
         self.history.append((self.progress.step, losses.clone()))
         if self.progress.updates % 100 == 0:
@@ -1210,7 +1210,7 @@ class Run:
             self.say_how_it_goes(means["alpha"])
 
     def say_how_it_goes(self, alpha: float) -> None:
-        """Return of the last ten episodes and alpha, in the bar; a log file has it as a line every 1 000 updates."""
+        """Show the last ten episodes' mean return and alpha in the bar; a log file gets a line every 1 000 updates."""
         episodes = self.progress.rows["returns.csv"][1:]
         recent = [row[1] for row in episodes[-10:]]
         shown = f"return {np.mean(recent):.4g}, " if recent else ""
@@ -1219,18 +1219,18 @@ class Run:
             print(self.bar, file=sys.stderr, flush=True)
 
     def count_step(self) -> None:
-        """Note a step."""
+        """Count a step."""
         self.progress.step += 1
         self.bar.update()
 
     def end_episode(self, info: dict) -> None:
-        """Note the end of an episode; `info` is that of its last step."""
+        """Record the end of an episode; `info` is that of its last step."""
         episode = info[EPISODE]
         self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.write_row("returns.csv", float(episode["r"]), episode["l"], succeeded(info))
 
     def report(self, phase: str, kind: str, scores: dict[str, float]) -> None:
-        """Note an evaluation."""
+        """Record an evaluation."""
         self.write_scalars({f"eval/{name}": value for name, value in scores.items()})
         shown = [f"{value:.5g}" for value in scores.values()]
         self.write_row("eval.csv", phase, kind, *shown, self.args.eval_episodes)
@@ -1242,7 +1242,7 @@ class Run:
             self.writer.add_scalar(name, value, self.progress.step)
 
     def write_row(self, name: str, *values) -> None:
-        """Write a row of a CSV file, between the step and the seconds."""
+        """Append a row to a CSV file: the step, the values and the seconds."""
         row = [self.progress.step, *values, round(self.seconds(), 2)]
         self.progress.rows[name].append(row)
         with open(self.folder / name, "a", newline="") as file:
@@ -1253,7 +1253,7 @@ class Run:
         return bool(self.interrupted) or self.progress.step - self.saved_step >= self.args.save_every
 
     def save(self, state: dict, policy: Actor) -> None:
-        """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
+        """If all weights are finite, write policy.pt and, with `state` and the run's progress, checkpoint.pt."""
         self.mean_losses()
         for network in ("actor", "critics"):
             for name, value in state[network].items():
@@ -1264,15 +1264,15 @@ class Run:
         self.saved_step = self.progress.step
 
     def save_policy(self, name: str, actor: Actor) -> None:
-        """Write an actor and what builds it, as `load_policy` reads it."""
+        """Write an actor with what is needed to rebuild it, in the form that `load_policy` reads."""
         self.save_as(name, step=self.progress.step, obs_dim=actor.obs_dim, actor=actor.state_dict())
 
     def save_as(self, name: str, **state) -> None:
-        """Write `state` and what wrote it, as `load` reads it."""
+        """Write `state` with the script's name and flags, in the form that `load` reads."""
         write(self.folder / name, {"script": SCRIPT, "args": asdict(self.args), **state})
 
     def say_where(self) -> None:
-        """Say where the run is, and how to resume one that was stopped, which has an exit code of its own."""
+        """Say where the run is saved or, if it was stopped, how to resume it; a stopped run has its own exit code."""
         if self.progress.step < self.total:
             print(f"stopped at step {self.progress.step}; resume with: python {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + self.interrupted)
@@ -1280,7 +1280,7 @@ class Run:
 
 
 def write(path: Path, state: dict) -> None:
-    """Write `state` so that `path` is always a complete file, the old or the new. Raises OSError if it cannot."""
+    """Write `state` so that `path` is always a complete file, old or new. Raises OSError if it cannot be written."""
     temporary = path.with_suffix(".pt.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1290,13 +1290,13 @@ def write(path: Path, state: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        # torch.save may fail once more while it closes the file of a full disk.
+        # On a full disk, torch.save may fail a second time as it closes the file.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write {path} ({reason})") from error
 
 
 def load(path: Path, key: str) -> dict:
-    """Read a file of a run that has `key`; stops the program if it is missing, damaged or written by another script."""
+    """Read a run's file, which must have `key`; stops the program if it is missing, damaged or another script's."""
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
@@ -1310,7 +1310,7 @@ def load(path: Path, key: str) -> dict:
     if written_by != SCRIPT:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
-        fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file of it")
+        fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file in it")
     if differing := flags ^ set(vars(Args())):
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
@@ -1331,12 +1331,12 @@ def build_policy(state: dict) -> Actor:
 
 
 def load_policy(path: str) -> Actor:
-    """The actor of a policy.pt, frozen: its `act(obs)` is a chunk, (B, h D)."""
+    """The actor of a policy.pt, frozen: its `act(obs)` returns chunks (B, h D)."""
     return build_policy(load(Path(path), "obs_dim"))
 
 
 def play(args: Args, policy: dict) -> None:
-    """Play a saved policy, with --capture-video as videos, and print its returns."""
+    """Play a saved policy and print its returns; --capture-video writes videos."""
     with explained(f"--evaluate {args.evaluate}: it was altered"):
         actor = build_policy(policy).to("cuda" if args.cuda else "cpu")
     env = make_env(args, "rgb_array" if args.capture_video else None)
@@ -1380,7 +1380,7 @@ def random_states(device: torch.device, env: gym.Env) -> dict:
 
 
 def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
-    """Undo `random_states`, with a note if the run was saved on another kind of device."""
+    """Restore what `random_states` returned, with a note if the run was saved on another kind of device."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -1393,7 +1393,7 @@ def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
 
 @contextlib.contextmanager
 def fork_random(seed: int, device: torch.device, env: gym.Env):
-    """Within it the random generators start from `seed`; after it they are where they were before."""
+    """Inside, the random generators start from `seed`; afterwards they are back where they were."""
     states = random_states(device, env)
     seed_random(seed % 2**32)
     yield
@@ -1401,7 +1401,7 @@ def fork_random(seed: int, device: torch.device, env: gym.Env):
 
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
-    """All that decides how a run continues from an episode's end, if the environment keeps only its generator."""
+    """All that decides how a run continues from an episode's end, if the environment's only state is its generator."""
     return {
         **{name: part.state_dict() for name, part in learned.items()},
         **{name: tensor.detach() for name, tensor in tensors.items()},
@@ -1451,10 +1451,10 @@ def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
     else:
         path = Path(dataset).expanduser()
         own = path.suffix in (".npz", ".hdf5", ".h5") or any(path.glob("*.npz"))
-        own = own or ":" in env_id or env_id in gym.registry  # a run resumes where its data is no longer
+        own = own or ":" in env_id or env_id in gym.registry  # a run can be resumed after its data is gone
         package = "pyarrow" if is_lerobot(path) else "gymnasium" if own else "minari"
     warnings.filterwarnings("ignore", module="gymnasium|minari|robosuite")
-    logging.getLogger("robosuite_logs").disabled = True  # its notes on what it lacks and we do not need
+    logging.getLogger("robosuite_logs").disabled = True  # its notes on missing parts that are not needed
     try:
         __import__(package)
         if package in ("robosuite", "minari") or dataset and dataset.endswith((".hdf5", ".h5")):
@@ -1471,18 +1471,18 @@ def is_lerobot(path: Path) -> bool:
 
 
 def play_set(env_id: str) -> str:
-    """The OGBench data set of a task: cube-single-play-v0 for each of the singletask environments of it."""
+    """The OGBench data set of a task: cube-single-play-v0 for each of its singletask environments."""
     return re.sub(r"-singletask(-task\d)?", "", env_id)
 
 
 def robosuite_task(env_id: str) -> tuple[str, int]:
-    """robosuite's name of lift, can, square or robosuite/<name>, and after how many steps an episode is cut."""
+    """robosuite's name for lift, can, square or robosuite/<name>, and the steps after which an episode is truncated."""
     name = env_id.removeprefix("robosuite/")
     return ROBOSUITE.get(env_id, (name, 700 if name in ("ToolHang", "TwoArmTransport") else 400))
 
 
 def robomimic_kwargs(path: str, env_id: str) -> dict:
-    """What a robomimic file says of its environment's arguments; stops the program if they do not fit what is here."""
+    """The environment's arguments as a robomimic file states them; stops the program if they do not work here."""
     import h5py
     import robosuite
 
@@ -1502,14 +1502,14 @@ def robomimic_kwargs(path: str, env_id: str) -> dict:
     if "body_parts" not in controller:
         fail(f"{path} has a controller of robosuite before 1.5 ({controller.get('type')}), here is {here}: {remedy}")
     if kwargs.get("reward_shaping"):
-        fail(f"{path} has shaped rewards, of which none says success: {remedy}")
+        fail(f"{path} has shaped rewards, none of which marks success: {remedy}")
     return kwargs
 
 
 class RobosuiteEnv(gym.Env):
     """A robosuite task with robomimic's low-dim observation; reward 0 at success, which terminates, else -1.
 
-    `kwargs` are robosuite's own, such as a data file has them.
+    `kwargs` are robosuite's own, as a data file records them.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -1530,7 +1530,7 @@ class RobosuiteEnv(gym.Env):
         self._np_random = self.env.rng
         names = {"object", *self.env._get_observations()}
         if not names.issuperset(obs_keys):
-            raise ValueError(f"--obs-keys {' '.join(obs_keys)} must be of {', '.join(sorted(names))}")
+            raise ValueError(f"--obs-keys {' '.join(obs_keys)} must be among {', '.join(sorted(names))}")
         low, high = self.env.action_spec
         self.action_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.reset()[0].shape, np.float64)
@@ -1560,7 +1560,7 @@ class RobosuiteEnv(gym.Env):
 
 
 def extent_of(space: gym.spaces.Box) -> np.ndarray:
-    """high - low in float32, infinite where that is too large for it."""
+    """high - low in float32, infinite where that overflows."""
     with np.errstate(over="ignore"):
         return space.high.astype(np.float32) - space.low.astype(np.float32)
 
@@ -1606,10 +1606,10 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
         fail(f"--env-id {args.env_id}: actions must be a Box of real numbers, not {action}; choose another task")
     extent = extent_of(action)
     if not (extent.size and (extent > 0).all()) or not (np.isfinite(extent).all() or args.rescale_actions):
-        remedy = "choose another task, or take the data's by --rescale-actions"
+        remedy = "choose another task, or use the data's with --rescale-actions"
         fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; {remedy}")
     if env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms"):
-        fail(f"--env-id {args.env_id}: what NormalizeObservation or NormalizeReward saw is not saved; leave it out")
+        fail(f"--env-id {args.env_id}: what NormalizeObservation or NormalizeReward saw is not saved; drop the wrapper")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
             import moviepy  # noqa: F401
@@ -1623,7 +1623,7 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
 
 
 def rescaled(env: gym.Env, actor: Actor) -> gym.Env:
-    """`env` with the policy's bounds of actions: stretched to its own, or as they are where it has none."""
+    """`env` with the policy's action bounds: mapped to its own, or unchanged where it has none."""
     space = env.action_space
     bounds = torch.stack([actor.bias - actor.scale, actor.bias + actor.scale])
     bounds = bounds[:, : space.low.size].cpu().numpy()  # of one action of the chunk
@@ -1637,7 +1637,7 @@ def rescaled(env: gym.Env, actor: Actor) -> gym.Env:
 
 
 def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
-    """Write episodes to MP4 files in `folder`/videos: those that `episodes` names, else gymnasium's choice."""
+    """Write episodes to MP4 files in `folder`/videos: those that `episodes` selects, by default gymnasium's choice."""
     with explained(f"--capture-video: cannot write to {folder / 'videos'}"):
         return gym.wrappers.RecordVideo(env, str(folder / "videos"), episodes, name_prefix=prefix, disable_logger=True)
 
@@ -1653,7 +1653,7 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
     if episodes and path.is_file():
         return path
     if not episodes:
-        fail(f"no data for --env-id {args.env_id} at {places}: {advice}name it by --dataset{experts}")
+        fail(f"no data for --env-id {args.env_id} at {places}: {advice}name it with --dataset{experts}")
     print(f"no data at {places} or {path}: collecting {episodes} scripted episodes", file=sys.stderr)
     program = Path(__file__).parent / "benchmark" / "demonstrations" / "collect.py"
     flags = ["--env-id", name, "--episodes", str(episodes), "--seed", "1", "--out", str(path)]
@@ -1662,12 +1662,12 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # the collector has said what it keeps
     if not made:
-        fail(f"--collect: {program} did not make {path}; run it to see why, or name the data by --dataset")
+        fail(f"--collect: {program} did not make {path}; run it to see why, or name the data with --dataset")
     return path
 
 
 def find_dataset(args: Args) -> list[Path]:
-    """The files that hold the task's data (several: they are used in turn); none for Minari, which finds its own."""
+    """The files with the task's data (if several, they are used in turn); none for Minari, which finds its own."""
     if benchmark_of(args.env_id, args.dataset) == "minari":
         return []
     if args.dataset:
@@ -1713,7 +1713,7 @@ def minari_dataset(args: Args):
         what = f"no such task, nor Minari data set in {where} ({first_line(error)})"
         if args.resume or args.evaluate:
             fail(f"{args.resume or args.evaluate} plays in the environment of its data, {args.env_id}: {what}")
-        fail(f"--env-id {args.env_id}: {what}; make one: {make}; or name your own by --dataset FILE.npz or FILE.hdf5")
+        fail(f"--env-id {args.env_id}: {what}; make one: {make}; or name your own with --dataset FILE.npz or FILE.hdf5")
 
 
 def joined(episodes: list[dict]) -> dict:
@@ -1752,7 +1752,7 @@ def read_ogbench(path: str, env: gym.Env, args: Args) -> dict:
 
     with np.load(path) as file:
         if not file["terminals"].any():
-            return {}  # the reader below would take the end of the file for one
+            return {}  # the reader below would take the file's end for an episode's
         if not np.isfinite(file["qpos"]).all():
             raise ValueError("qpos has NaN or infinite values")
     data = ogbench.utils.load_dataset(str(path), add_info=True)
@@ -1775,14 +1775,14 @@ def read_minari(dataset, space: gym.Space) -> dict:
 
 
 def data_space(env: gym.Env) -> gym.Space:
-    """An environment's observations as data has them: before `make_env` flattened them."""
+    """The space of an environment's observations as the data has them, before `make_env` flattens them."""
     while isinstance(env, gym.wrappers.TransformAction):  # of --rescale-actions
         env = env.env
     return (env.env if isinstance(env, gym.wrappers.FlattenObservation) else env).observation_space
 
 
 def flattened(space: gym.Space, obs) -> np.ndarray:
-    """Observations (N, .), those of a dict space, dicts of arrays, each as FlattenObservation does it."""
+    """Observations as (N, .); those of a dict space, given as dicts of arrays, are joined as by FlattenObservation."""
     if not isinstance(space, gym.spaces.Dict):
         return obs
     parts = []
@@ -1796,7 +1796,7 @@ def flattened(space: gym.Space, obs) -> np.ndarray:
 
 
 def read_d4rl(path: str, space: gym.Space) -> dict:
-    """D4RL's arrays in an .npz or .hdf5 file; what a dict space has under a key is named observations/<key>."""
+    """D4RL's arrays in an .npz or .hdf5 file; the entries of a dict space are named observations/<key>."""
     if path.endswith(".npz"):
         opened = np.load(path)
     else:
@@ -1818,9 +1818,9 @@ def read_d4rl(path: str, space: gym.Space) -> dict:
 
 
 def read_lerobot(folder: Path, keys: tuple[str, ...]) -> dict:
-    """D4RL's arrays of a LeRobot data set, version 3; an episode's end alone is a timeout.
+    """D4RL's arrays of a LeRobot data set, version 3; an episode's end by itself counts as a timeout.
 
-    What terminates is next.success if there is one, else next.done, which many data sets set at every episode's end.
+    Terminations are next.success if there is one, else next.done, which many data sets set at every episode's end.
     """
     import pyarrow.dataset
 
@@ -1922,10 +1922,10 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
 
 
 def read_data(files: list[str], env: gym.Env, args: Args) -> tuple[torch.Tensor, dict]:
-    """The rows of the first file, and the statistics of all, which are checked before the work begins."""
+    """The rows of the first file and the statistics of all files, which are all checked before the work begins."""
     parts = []
     for file in reversed(files or [None]):
-        data = None  # that of the file before, which may be large
+        data = None  # frees the previous file's rows, which may be many
         data = load_data(file, env, args)
         parts.append(data_statistics(data, env))
     about_data = parts[-1] | dict(
@@ -1945,7 +1945,7 @@ def find_data(args: Args, env: gym.Env, checkpoint: Optional[dict]):
 
 
 def describe_data(buffer: ReplayBuffer, name: str, chunk: int) -> None:
-    """Say in a line what the data are, and note what may be a mistake in how they mark the ends of episodes."""
+    """Describe the data in one line, and note what may be a mistake in how they mark the ends of episodes."""
     flags = buffer.rows[: len(buffer), buffer.last - 1 : buffer.last + 1] > 0
     terminated, last = flags.T.cpu().numpy()
     ends = np.flatnonzero(last)
@@ -1966,7 +1966,7 @@ def describe_data(buffer: ReplayBuffer, name: str, chunk: int) -> None:
 
 
 def succeeded(info: dict) -> float:
-    """1 or 0, or NaN if the task does not say; gymnasium-robotics has a name of its own for it."""
+    """1 or 0, or NaN if the task does not report it; gymnasium-robotics has a key of its own for it."""
     success = info.get("success", info.get("is_success"))
     return math.nan if success is None else float(success)
 
@@ -1977,7 +1977,7 @@ def to_obs(obs) -> np.ndarray:
 
 
 def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
+    """Action (D,) in the space's shape and type, clipped: rounding may cross the bounds by a unit in the last place."""
     action = np.clip(action.reshape(space.shape), space.low, space.high)
     return action.astype(space.dtype)
 
@@ -1994,7 +1994,7 @@ def success_interval(successes: int, episodes: int) -> tuple[float, float]:
 
 
 def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
-    """Play episodes from starts that `seed` decides; `act` maps obs (obs_dim,) to a chunk (h D,), both numpy.
+    """Play episodes from starts determined by `seed`; `act` maps obs (obs_dim,) to a chunk (h D,), both numpy.
 
     Returns the means that SCORES names: success_rate with its 95 % interval (NaN if no episode reports success or
     failure; otherwise an episode that reports neither counts as a failure), return, its standard error, and length.
@@ -2044,7 +2044,7 @@ def log_gradient_norms(run: Run, actor: Actor, critics, buffer: ReplayBuffer, en
 
 
 def describe(scores: dict[str, float]) -> str:
-    """An evaluation in a line."""
+    """An evaluation as one line."""
     success = ""
     if not math.isnan(scores["success_rate"]):
         interval = f"[{scores['success_low']:.2f}, {scores['success_high']:.2f}]"
@@ -2083,25 +2083,25 @@ def find_compiler(device: torch.device):
 
     def jit(function):
         options = {
-            # Each function always meets the same shapes and modes: checking that would cost 0.2 ms a call.
+            # Each function is always called with the same shapes and modes: checking that would cost 0.2 ms a call.
             "guard_filter_fn": lambda guards: [False] * len(guards),
-            # Products of one row (the policy's) are compiled as sums: a library call costs more.
+            # Matrix products of a single row (the policy's) are compiled as sums: a library call costs more.
             "post_grad_fusion_options": {"decompose_mm_pass": {}},
         }
-        # Guards are off, so closures of one text would share the first one's graph: each gets its own code object.
+        # With guards off, closures of the same source would share the first one's graph: each gets its own code object.
         function.__code__ = function.__code__.replace()
         return torch.compile(function, dynamic=False, options=options)
 
     try:
         for library in Path(cache_dir()).rglob("*.so"):
-            with contextlib.suppress(OSError):  # another process may be as quick
+            with contextlib.suppress(OSError):  # another process may remove it first
                 status = library.stat()
                 if status.st_size == 0 and time.time() - status.st_mtime > 10:  # of a compilation that was killed
                     library.unlink()  # else every later run would fail on it
         torch.compiler.reset()  # guards are off, so graphs of an earlier run in this process would be reused
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-        print("the first update compiles the losses, for a minute or two", file=sys.stderr)
-        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
+        print("the first update compiles the losses, which takes a minute or two", file=sys.stderr)
+        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would break at the gradients
         return jit
     except Exception as error:
         note(f"torch.compile does not work here ({first_line(error)}); continuing without it, slower")
@@ -2111,10 +2111,10 @@ def find_compiler(device: torch.device):
 def matmul_precision(device: torch.device) -> str:
     """The precision to ask for in the updates: "medium" if it rounds nothing here, else "highest".
 
-    On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
-    computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
+    On a CPU, "medium" hands float32 products to oneDNN. With AMX units, oneDNN rounds their factors to bfloat16;
+    without them, it still computes in float32, on AMD processors twice as fast as MKL, which "highest" uses.
     """
-    x = torch.arange(2**16, device=device).sin().abs().view(256, 256)  # no random numbers, which the run counts on
+    x = torch.arange(2**16, device=device).sin().abs().view(256, 256)  # no random draws: they would change the run
     torch.set_float32_matmul_precision("medium")
     medium = x @ x
     torch.set_float32_matmul_precision("highest")
@@ -2122,10 +2122,10 @@ def matmul_precision(device: torch.device) -> str:
 
 
 class CudaGraph:
-    """`function()` as one CUDA graph: its launch costs the host one call in place of one for every kernel.
+    """`function()` as one CUDA graph: a launch costs the host one call instead of one for every kernel.
 
     The function takes nothing and returns nothing: it works on tensors that live as long as it does, and draws from
-    the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
+    the device's generator. The first three calls run it directly, which sets up compilation, optimizers and libraries.
     """
 
     def __init__(self, function):
@@ -2152,6 +2152,6 @@ class CudaGraph:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # a run has its own way to stop
+    except KeyboardInterrupt:  # not during a run, which handles it itself
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,12 +1,12 @@
-"""Did returns or speed fall from A to B? Exit code 1: with confidence, 2: part of A cannot be compared, 0: no.
+"""Did returns or speed fall from A to B? Exit code 1: yes, with confidence; 2: part of A cannot be compared; 0: no.
 
     python benchmark/compare.py runs/before runs/after
 
-A and B are folders of runs, or of benchmark/results/, with the same environments and algorithms: several seeds of each,
-and for the speed from the same machine, equally idle. The return of a run is its mean over the last tenth of the steps
-that both have reached, its speed that of their second half, which leaves compilation out. Intervals are Welch's, of the
-difference of means: of returns, and of the logarithms of the speeds. Their upper ends alone decide: with m of them each
-has confidence 1 - 2 (1 - 0.95) / m, so that the chance of any false alarm is at most one in twenty.
+A and B are folders of runs, or of benchmark/results/, with the same environments and algorithms, several seeds of each
+and, for the speed, from the same machine, equally idle. A run's return is its mean over the last tenth of the steps
+that both have reached, its speed that over their second half, which leaves compilation out. Intervals are Welch's, for
+the difference of means: of returns, and of the logarithms of speeds. Only their upper ends decide: with m intervals,
+each has confidence 1 - 2 (1 - 0.95) / m, so that the chance of any false alarm is at most one in twenty.
 """
 
 import math
@@ -36,7 +36,7 @@ class Args:
     training: bool = False
     """compare the returns of training episodes in place of evaluations"""
     confidence: float = 0.95
-    """that no fall is reported where there is none, in all comparisons together"""
+    """confidence that no comparison reports a fall where there is none"""
 
 
 def welch(a: np.ndarray, b: np.ndarray, confidence: float) -> tuple[float, float, float]:
@@ -62,7 +62,7 @@ def speed(run: Run, end: float) -> Optional[float]:
 
 
 def samples(a: list[Run], b: list[Run]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What is compared of two groups, "return" and "steps/s": values of A and of B, one per seed."""
+    """What is compared between two groups, "return" and "steps/s": values of A and of B, one per seed."""
     end = min(records.end_of({"": runs}) for runs in (a, b))
     returns = tuple(records.scores({"": runs}, end)[""] for runs in (a, b))
     speeds = tuple(np.array([value for run in runs if (value := speed(run, end))]) for runs in (a, b))

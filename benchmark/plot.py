@@ -6,8 +6,8 @@
     python benchmark/plot.py runs benchmark/results/published.csv --steps 100000
 
 Reads folders of runs, and those of benchmark/results/, as they are. A curve is the mean over seeds with its 95 %
-bootstrap interval, which is the range of two or three seeds; tables have t-intervals, which are wider with so few and
-hold what they promise. The score of a run is its mean return over the last tenth of the steps. Over environments,
+bootstrap interval, which for two or three seeds is their range; tables have t-intervals, which for so few are wider and
+have the coverage they claim. The score of a run is its mean return over the last tenth of the steps. Over environments,
 scores are scaled to 0 and 1 (`RANGES` in records.py). Interquartile mean, median, optimality gap, performance profiles
 and probability of improvement have 95 % stratified bootstrap intervals over seeds. They come from rliable, the package
 of the paper that introduced them (Agarwal et al., 2021, arXiv 2108.13264). AdaStop (Mathieu et al., 2023, arXiv
@@ -52,22 +52,22 @@ class Args:
     """Flags of the command line."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders of runs, or of benchmark/results/, with all that is below them; a file of others' evaluations"""
+    """folders of runs, or of benchmark/results/, with all that is below them, or a CSV file of others' evaluations"""
     out: Path = Path("figures")
     """folder of the figures, each as SVG and PNG"""
     training: bool = False
     """draw the returns of training episodes in place of evaluations"""
     only: tuple[str, ...] = ()
-    """only files whose path has one of these texts"""
+    """read only files whose path contains one of these texts"""
     figures: tuple[Figure, ...] = FIGURES
-    """which figures; norms: of runs that left a norms.csv; statistics, profiles and improvement print tables, too"""
+    """which figures; norms: for runs with a norms.csv; statistics and improvement print tables, too"""
     steps: Optional[int] = None
-    """step at which runs are scored and curves end; default: what half or more of the runs of each group have reached,
-    and the curves' own ends"""
+    """step at which runs are scored and curves end; default: for scores, what at least half of each group's runs have
+    reached; for curves, their own ends"""
     ranges: tuple[str, ...] = ()
     """returns that count as 0 and 1 in an environment that records.py does not know: Swimmer-v4=0,100"""
     reps: int = 2000
-    """resamples of a bootstrap"""
+    """bootstrap resamples"""
 
 
 def parse_args() -> Args:
@@ -105,7 +105,7 @@ def t_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def binned(run: Run, width: float) -> tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]:
-    """Training episodes as (steps, returns, seconds) of bins of `width` steps: end, mean, and time of the last one.
+    """Training episodes in bins of `width` steps, as (steps, returns, seconds): end, mean, and time of the last one.
 
     Seconds are None where the file has none.
     """
@@ -120,7 +120,7 @@ def binned(run: Run, width: float) -> tuple[np.ndarray, np.ndarray, Optional[np.
 
 
 def common_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Curves (x, y) of several seeds at the same x: where any has a point, between points by interpolation.
+    """Curves (x, y) of several seeds, interpolated at every x at which any of them has a point.
 
     Only as far as all seeds reach, so that no seed drops out of a mean halfway. Returns x (N,) and y (seeds, N).
     """
@@ -132,7 +132,7 @@ def common_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.nd
 
 
 def at_points(runs: list[Run], column: str) -> dict[float, np.ndarray]:
-    """Values (seeds,) of a column at each step that any run was evaluated at, of those that were."""
+    """At each step at which any run was evaluated, a column's values (seeds,) of the runs evaluated there."""
     values = {}
     for step in sorted({step for run in runs for step in run.steps}):
         values[step] = np.concatenate([getattr(run, column)[run.steps == step] for run in runs])
@@ -140,7 +140,7 @@ def at_points(runs: list[Run], column: str) -> dict[float, np.ndarray]:
 
 
 def scaled(score: np.ndarray, env: str) -> np.ndarray:
-    """Scores on the scale on which records.RANGES has 0 and 1."""
+    """Scores, scaled so that the two returns in records.RANGES become 0 and 1."""
     low, high = records.RANGES[env]
     return (score - low) / (high - low)
 
@@ -148,7 +148,7 @@ def scaled(score: np.ndarray, env: str) -> np.ndarray:
 def matrices(all_scores: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Scaled scores (seeds, environments) of each name, in the environments that all names share and that have a range.
 
-    `all_scores` is environment -> name -> scores. rliable takes as many seeds of each environment: the first ones.
+    `all_scores` is environment -> name -> scores. rliable needs equally many seeds of each environment: the first ones.
     """
     names = list(dict.fromkeys(name for groups in all_scores.values() for name in groups))
     envs = []
@@ -174,9 +174,9 @@ def matrices(all_scores: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarr
 
 
 def bootstrap(values: dict, function, reps: int) -> tuple[dict, dict]:
-    """Estimates of `function` and the ends of their intervals, (2, ...), for each name; the same ones at every call.
+    """Estimates of `function` and the ends of their intervals, (2, ...), for each name; the same at every call.
 
-    The ends are NaN where there is one seed (of a pair: of either), of which a resample says nothing.
+    The ends are NaN where there is only one seed (in a pair: of either), since resampling it says nothing.
     """
     np.random.seed(0)  # rliable draws from numpy's global generator, whatever generator it is given
     estimates, ends = library.get_interval_estimates(values, function, reps=reps, confidence_interval_size=LEVEL)
@@ -194,10 +194,10 @@ def aggregates(matrix: np.ndarray) -> np.ndarray:
 
 
 def improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """P(a run of A is better than one of B), ties half, mean over environments; scores (seeds, environments).
+    """P(a run of A is better than one of B), ties counting half, mean over environments; scores (seeds, environments).
 
-    rliable's `probability_of_improvement`, which computes it by a Mann-Whitney test whose p-value nobody needs, takes
-    forty times as long in a bootstrap.
+    rliable's `probability_of_improvement`, which uses a Mann-Whitney test whose p-value is not needed here, takes forty
+    times as long in a bootstrap.
     """
     signs = np.sign(a[:, None] - b[None])  # (seeds of A, seeds of B, environments)
     return np.array([(signs + 1).mean() / 2])
@@ -208,8 +208,8 @@ def adastop(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], str]:
 
     It looks at most LOOKS times, after each SEEDS_PER_LOOK further seeds, at the names that have them. Decisions are
     ">", "<", "not told apart", or "needs ... seeds". adastop 0.1.3 compares an absolute difference with a one-sided
-    quantile: of equal algorithms it tells apart twice as many as its level says (55 of 600 at 0.05 with one look), so
-    it is given half of it.
+    quantile, so that it tells twice as many equal algorithms apart as its level says (55 of 600 at 0.05 with one look):
+    it is given half the level.
     """
     decided = {pair: f"needs {SEEDS_PER_LOOK} seeds" for pair in itertools.combinations(scores, 2)}
     names = [name for name, values in scores.items() if len(values) >= SEEDS_PER_LOOK]
@@ -261,7 +261,7 @@ class Style:
 
     @staticmethod
     def family(run: Run) -> str:
-        """What shares a colour: of "Flow-G, BatchRenorm(s, A)" it is Flow-G."""
+        """The name whose colour a run shares: for "Flow-G, BatchRenorm(s, A)" it is Flow-G."""
         start = run.algorithm.partition(",")[0]
         return start if start in records.COLORS else run.algorithm
 
@@ -389,12 +389,12 @@ def draw_all_curves(envs: dict[str, dict[str, list[Run]]], style: Style, args: A
 
 
 def have_seconds(groups: dict[str, list[Run]]) -> bool:
-    """Whether every run tells its time."""
+    """Whether every run has times."""
     return all(run.seconds is not None for runs in groups.values() for run in runs)
 
 
 def growth(run: Run, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and |dL/dA_0| / |dL/dA_K| as the update saw them, of the `norms.csv` beside a run: mean or largest."""
+    """Steps and |dL/dA_0| / |dL/dA_K|, as the update saw them, from the `norms.csv` beside a run: mean or largest."""
     norms = defaultdict(dict)  # step -> i -> |dL/dA_i|
     with open(run.path.with_name("norms.csv"), newline="") as file:
         for row in csv.DictReader(file):
@@ -452,7 +452,7 @@ def draw_evaluations(env: str, groups: dict[str, list[Run]], style: Style, out: 
 
 
 def draw_intervals(statistics: dict[str, dict[str, tuple]], out: Path, file: str, colors: dict[str, tuple]) -> None:
-    """A panel for each statistic, in it a row for each name: estimate, low and high end."""
+    """A panel for each statistic, with a row for each name: estimate, low and high end."""
     count = len(colors)
     figure, axes = panels(len(statistics), height=1.2 + 0.35 * count)
     for axis, (title, rows) in zip(axes, statistics.items(), strict=True):
@@ -481,7 +481,7 @@ def draw_profiles(values: dict[str, np.ndarray], style: Style, args: Args) -> No
 
 
 def markdown(*rows: Sequence[str]) -> None:
-    """Print a table whose first row is its head. Raises ValueError unless all rows have as many cells."""
+    """Print a table whose first row is its header. Raises ValueError unless all rows have equally many cells."""
     for row in rows:
         if len(row) != len(rows[0]):
             raise ValueError(f"{len(rows[0])} columns, but {row}")

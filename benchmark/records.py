@@ -1,8 +1,8 @@
 """Runs as plot.py and compare.py read them, and the name and colour that an algorithm has in every figure.
 
 Two kinds of folders are read as they are: those of runs, which hold args.json with eval.csv or returns.csv, and those
-of benchmark/results/, whose files are named <environment>/<label>_seed<n>[_eval|_returns].csv. And others' evaluations,
-from one CSV file with the columns environment, algorithm, step, seed and return.
+of benchmark/results/, whose files are named <environment>/<label>_seed<n>[_eval|_returns].csv. Others' evaluations are
+read from one CSV file with the columns environment, algorithm, step, seed and return.
 """
 
 import csv
@@ -17,7 +17,7 @@ from typing import NoReturn, Optional
 
 import numpy as np
 
-NAMES = {  # what names of files, folders and scripts hold -> the algorithm
+NAMES = {  # part of the name of a file, folder or script -> the algorithm
     "sac_flow_g": "Flow-G",
     "sac_flow_t": "Flow-T",
     "sac_flow_naive": "Plain flow",
@@ -47,9 +47,9 @@ COLORS = {"Flow-G": "#0072B2", "Flow-T": "#D55E00", "Plain flow": "#009E73", "Ga
 OTHER_COLORS = ("#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")  # of one algorithm with different flags
 
-# Return that counts as 0 and as 1 where returns of several environments are put together. The first four are D4RL's, of
-# a random policy and of a trained SAC. Humanoid-v4: 121 is the mean of 200 episodes of uniformly random actions, 10 000
-# what is quoted for SAC Flow after a million steps.
+# Returns that count as 0 and 1 where several environments are aggregated. The first four are D4RL's, of a random policy
+# and of a trained SAC. Humanoid-v4: 121 is the mean of 200 episodes of uniformly random actions, 10 000 is quoted for
+# SAC Flow after a million steps.
 RANGES = {
     "Hopper-v4": (-20.272305, 3234.3),
     "Walker2d-v4": (1.629008, 4592.3),
@@ -63,12 +63,12 @@ NO_VARIANT = set(
     "env_id seed total_timesteps online_steps run_name resume evaluate cuda compile capture_video track save_every"
     " eval_every eval_episodes files velocity versions".split()
 )
-AVERAGE = "0.995"  # what is read of files that evaluate several averages: the default when they were made
+AVERAGE = "0.995"  # the average to read from files that evaluate several: the default when they were made
 
 
 @dataclass
 class Run:
-    """What is known of a run; all arrays are (N,), one entry per evaluation or training episode."""
+    """What is known about a run; all arrays are (N,), one entry per evaluation or training episode."""
 
     path: Path
     """the file"""
@@ -84,13 +84,13 @@ class Run:
     seconds: Optional[np.ndarray] = None
     """time spent training"""
     success: Optional[np.ndarray] = None
-    """share of the episodes, offline to online"""
+    """success rate of the episodes, of offline-to-online runs"""
     offline: float = 0.0
     """the last step of the offline phase"""
     flags: dict = field(default_factory=dict)
-    """of args.json"""
+    """those in args.json"""
     root: Path = Path()
-    """the folder that was named"""
+    """the given folder that it was found in"""
 
     @property
     def name(self) -> str:
@@ -119,10 +119,10 @@ def note(message: str) -> None:
 
 
 def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = ()) -> list[Run]:
-    """All runs below the folders, sorted by environment, in the order of RANGES, algorithm, variant and seed.
+    """All runs below the folders, sorted by environment (in the order of RANGES), algorithm, variant and seed.
 
-    Evaluations, or training episodes with `training`; with `only` files whose path has one of these texts. What cannot
-    be read is noted in one line. Stops the program if nothing is left.
+    Evaluations or, with `training`, training episodes; with `only`, the files whose path contains one of its texts.
+    What cannot be read is noted in one line. Stops the program if nothing is left.
     """
     runs = []
     left_out = defaultdict(list)  # why -> files
@@ -161,7 +161,7 @@ def read_file(path: Path, training: bool) -> list[Run]:
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         columns = set(reader.fieldnames or [])
-        rows = [row for row in reader if None not in row.values()]  # a run that goes on may have written half a line
+        rows = [row for row in reader if None not in row.values()]  # a run in progress may have written half a line
     if not {"step", "return"} <= columns:
         raise ValueError("without the columns step and return")
     of_others = {"environment", "algorithm", "seed"} <= columns
@@ -183,7 +183,7 @@ def read_file(path: Path, training: bool) -> list[Run]:
 
 
 def fill(run: Run, rows: list[dict], columns: set[str]) -> Run:
-    """A run with its rows of a CSV file, sorted by step. Raises ValueError, with the reason, where they cannot be."""
+    """`run` with its rows of a CSV file, sorted by step. Raises ValueError, with the reason, if they are unusable."""
     if "weights" in columns:
         rows = [row for row in rows if row["weights"] == AVERAGE]
     deterministic = [row for row in rows if row.get("kind") == "deterministic"]
@@ -245,9 +245,9 @@ def script_of(folder: Path) -> str:
 
 
 def set_variants(runs: list[Run]) -> None:
-    """Say in `variant` what tells groups apart: flags that differ, parts of files' names that not all have.
+    """Set `variant` to what tells groups apart: flags that differ, and parts of file names that not all runs have.
 
-    And the folder, if the same run is in two of them.
+    Also the folder, if the same run is in two of them.
     """
     kinds = defaultdict(list)
     for run in runs:
@@ -297,7 +297,7 @@ def unique(runs: list[Run]) -> list[Run]:
 
 
 def by_env(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
-    """Runs of each environment and name, in their order."""
+    """Runs grouped by environment and name, in their order."""
     envs = {}
     for run in runs:
         envs.setdefault(run.env, {}).setdefault(run.name, []).append(run)
@@ -305,7 +305,7 @@ def by_env(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def file_name(env: str) -> str:
-    """An environment's name as that of a file."""
+    """An environment's name as a file name."""
     return re.sub(r"[^\w.-]+", "_", env.lower())
 
 

@@ -3,9 +3,9 @@
     python benchmark/sweep.py --name first --scripts sac_flow_g sac_flow_t --env-ids Hopper-v4 Ant-v4 --seeds 1 2 3 \
         --flags "" "batch-size=128 no-crossq" --total-timesteps 100000
 
-Flags that the sweep does not know, here --total-timesteps, go to every run. A run is the script's own, in the folder
-runs/<name>/<env>__<script>__<flags>__<seed>; its output is beside it, in <folder>.log. runs/<name>/sweep.json says what
-the sweep is: the same command again, or --file runs/<name>/sweep.json, goes on with what is not finished.
+Flags that the sweep does not know, here --total-timesteps, go to every run. Each run is an ordinary one of its script,
+in the folder runs/<name>/<env>__<script>__<flags>__<seed>; its output is beside it, in <folder>.log. The sweep is
+described in runs/<name>/sweep.json: the same command, or --file with that path, continues what is not finished.
 """
 
 import contextlib
@@ -52,11 +52,11 @@ class Args:
     flags: tuple[str, ...] = ("",)
     """flag sets, each in quotes and without the dashes: "" "batch-size=128 no-crossq" """
     file: Optional[str] = None
-    """a sweep.json to take the above from; flags given beside it take precedence"""
+    """a sweep.json to take the above from; flags given with it take precedence"""
     cores_per_run: int = 1
-    """cores, and threads, of a run; as many run side by side as there are cores for"""
+    """cores, and threads, per run; as many runs as there are cores for go side by side"""
     gpus_per_run: float = 0.0
-    """GPUs of a run, or a part of one: with 0.25 four runs share a GPU; 0: on the CPU"""
+    """GPUs per run, or a fraction of one: with 0.25, four runs share a GPU; 0: on the CPU"""
     address: str = "local"
     """local: this machine, nothing to set up; auto: the Ray cluster that this machine is part of"""
     retries: int = 10
@@ -107,10 +107,10 @@ def parse_args() -> tuple[Args, list[str]]:
             values = {name: tuple(v) if isinstance(v, list) else v for name, v in described.items()}
             default = Args(**values)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(f"--file {args.file} is no sweep.json ({error}): name that of a sweep's folder")
+            fail(f"--file {args.file} is no sweep.json ({error}): name the one in a sweep's folder")
         args, common = read_flags(Args, __doc__, default=default, return_unknown_args=True)
         if common != common_of_file:
-            common = [*common_of_file, *common]  # of a flag that is given twice the last one counts
+            common = [*common_of_file, *common]  # if a flag is given twice, the last one counts
     for name in ("scripts", "env_ids", "seeds", "flags"):
         values = getattr(args, name)
         if not values or len(set(values)) < len(values):
@@ -133,7 +133,7 @@ def parse_args() -> tuple[Args, list[str]]:
 
 
 def make_runs(args: Args, common: list[str]) -> list[Run]:
-    """All runs; the program stops if the script of one refuses its flags or its environment."""
+    """All runs; stops the program if a run's script refuses its flags or its environment."""
     runs = []
     known = set()
     for script, env_id, flags, seed in itertools.product(args.scripts, args.env_ids, args.flags, args.seeds):
@@ -144,7 +144,7 @@ def make_runs(args: Args, common: list[str]) -> list[Run]:
         arguments = ["--env-id", env_id, "--seed", str(seed), *own]
         with mock.patch("sys.argv", [str(paths[0]), *arguments, "--no-cuda"]):  # another machine may have the GPU
             parsed, _ = module.parse_args()
-        if env_id not in known and script != "sac_flow_offline2online":  # which says so when it has its data
+        if env_id not in known and script != "sac_flow_offline2online":  # which checks it once it has its data
             module.make_env(env_id).close()
             known.add(env_id)
         total = sum(getattr(parsed, name, 0) for name in ("total_timesteps", "offline_steps", "online_steps"))
@@ -173,9 +173,9 @@ def has_more_seeds(known: str, text: str) -> bool:
 
 
 def open_description(name: str, text: str):
-    """The sweep's sweep.json, open and locked against a second sweep there; at its start if `text` is to replace it.
+    """The sweep's sweep.json, open, locked against a second sweep, and at its start if `text` is to replace it.
 
-    That is so if it is new, or has fewer seeds. Stops the program if it says something else than `text`.
+    That is the case if it is new or has fewer seeds. Stops the program if it describes another sweep than `text`.
     """
     path = Path("runs", name, "sweep.json")
     try:
@@ -220,18 +220,18 @@ def command_of(run: Run) -> list[str]:
 
 
 def log_of(run: Run) -> Path:
-    """What a run's process prints."""
+    """The file that a run's process prints to."""
     return run.folder.with_name(f"{run.folder.name}.log")
 
 
 def train(run: Run, environ: dict[str, str]) -> tuple[str, str]:
     """Start or resume a run in a process of its own and wait for its end: the Ray task.
 
-    Returns its state, finished, failed or stopped, and why it failed. A KeyboardInterrupt is the wish to stop. Raises
+    Returns its state, finished, failed or stopped, and why it failed. A KeyboardInterrupt is a request to stop. Raises
     Died.
     """
     with contextlib.suppress(ValueError):  # outside the main thread
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # with nohup and & it is ignored, ray.cancel's as well
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup and & it is ignored, even ray.cancel's
     with open(log_of(run), "a") as log:
         # The process inherits the log, and with it the lock: a retry waits until the last writer of the run is gone.
         while True:
@@ -303,7 +303,7 @@ def progress(run: Run) -> dict:
 
 
 def sweep_end(runs: list[Run], all_progress: list[dict], slots: int, now: float) -> Optional[float]:
-    """When the last run ends if `slots` run side by side and those without a speed of their own take the mean.
+    """When the last run ends, if `slots` run side by side and those without a speed of their own run at the mean.
 
     None if nothing runs, or no speed is known.
     """
@@ -403,7 +403,7 @@ def start_ray(args: Args):
 
 
 def run_all(args: Args, runs: list[Run], screen: Screen, ray, slots: int) -> int:
-    """Run those that wait, until they have ended or are stopped. Returns the number of the signal that stopped them."""
+    """Run all that wait, until they have ended or are stopped. Returns the number of the signal that did so, or 0."""
     environ = {name: str(args.cores_per_run) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
     paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     environ["PYTHONPATH"] = os.pathsep.join(paths)  # a user's environments lie beside the scripts, not the controls

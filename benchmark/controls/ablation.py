@@ -4,27 +4,27 @@ The authors' naive control differs from their Flow-G in more than the gate. Each
 that belong together, to the one before it, or takes one away, so that a run shows which makes gradients grow or returns
 collapse:
 
-    plain            sac_flow_naive.py with --entropy path, but for the actor's warm-up (below), as all that follow
+    plain            sac_flow_naive.py with --entropy path, except for the actor's warm-up (below), as in all variants
     sigma            + sigma(s, A, t) from the velocity's hidden layer; noise without sqrt(dt), and no score
     renorm           + BatchRenorm, with the authors' shift, over (s, A) in place of s
-    time             + BatchRenorm over (s, A, t): the number t in place of its sines and cosines beside
-    authors          + their network, ReLU 2 x 512 with LeCun's initialisation and no encoder: their naive control, but
-                     for alpha, learning rates, batch and critics, which are flags
-    authors-no-time  authors, the number t beside their BatchRenorm
-    flow-g           sac_flow_g.py with --entropy path, but for the actor's warm-up
-    flow-g-renorm    flow-g with BatchRenorm over (s, A), which the authors' Flow-G has, too
-    flow-g-time      flow-g with BatchRenorm over (s, A, t): the number t in place of its sines and cosines beside
-    clipped          plain, the same forward pass, and a backward pass in which no |dL/dA_i| exceeds |dL/dA_{i+1}|
+    time             + BatchRenorm over (s, A, t): t as a number, in place of sines and cosines outside it
+    authors          + their network, ReLU 2 x 512 with LeCun's initialisation and no encoder: their naive control,
+                     except for alpha, learning rates, batch and critics, which are flags
+    authors-no-time  authors, but with the number t outside their BatchRenorm
+    flow-g           sac_flow_g.py with --entropy path, except for the actor's warm-up
+    flow-g-renorm    flow-g with BatchRenorm over (s, A), as in the authors' Flow-G
+    flow-g-time      flow-g with BatchRenorm over (s, A, t): t as a number, in place of sines and cosines outside it
+    clipped          plain with the same forward pass, but a backward pass in which no |dL/dA_i| exceeds |dL/dA_{i+1}|
     authors-clipped  authors with that backward pass
 
     python benchmark/controls/ablation.py --variant renorm --env-id Ant-v4
 
 Flags, files, --resume and --evaluate are those of sac_flow_naive.py, whose main() trains. --velocity-dim is the width
-of the velocity's hidden layers, in Flow-G of gate and candidate together. In all variants the actor's BatchRenorm
+of the velocity's hidden layers, in Flow-G that of gate and candidate together. In all variants the actor's BatchRenorm
 switches after --renorm-warmup / --flow-steps updates of the actor, as the authors' does, which sees a batch at each of
-the K steps. A run also leaves norms.csv: mean, median and largest |dL/dA_i| of a batch, normalised by the batch, as the
-actor's update sees it, and by the running statistics, as the acting policy is; of a limited backward pass also free,
-what the batch's would be without the limit.
+the K steps. A run also leaves norms.csv: mean, median and largest |dL/dA_i| of a batch, normalised by the batch, as in
+the actor's update (`batch`), and by the running statistics, as in the acting policy (`running`); where the backward
+pass is limited, also what the batch's would be without the limit (`free`).
 """
 
 import copy
@@ -46,11 +46,11 @@ import sac_flow_naive as naive  # noqa: E402
 
 import sac_flow_g as flow_g  # noqa: E402
 
-# What `main` puts others in place of, which call them.
+# The originals of what `main` replaces; the replacements call them.
 naive_parse_args = naive.parse_args
 naive_make_networks = naive.make_networks
 naive_progress = naive.Progress
-make_env = naive.make_env  # which sweep.py tries
+make_env = naive.make_env  # for sweep.py, which tries it
 
 
 class Limit(torch.autograd.Function):
@@ -144,9 +144,9 @@ class Stepwise:
 
 
 class TheirRenorm(naive.BatchRenorm):
-    """BatchRenorm as the authors have it: a feature that is constant within a batch is 0 after the switch, too.
+    """BatchRenorm as the authors have it: a feature that is constant within a batch is 0 even after the switch.
 
-    They shift by d times the batch's own deviation; here d counts whole, whatever the deviation is.
+    They shift by d times the batch's own deviation; `naive.BatchRenorm` shifts by all of d, whatever the deviation is.
     """
 
     def forward(self, x):
@@ -167,14 +167,14 @@ def bounded(log_sigma):
 
 
 def number(inputs: int, dim: int) -> nn.Linear:
-    """A layer's part that takes t as a number, drawn as one of the layer's `inputs` columns would be."""
+    """The part of a layer that takes t as a number, initialised like one of the layer's `inputs` columns."""
     column = nn.Linear(1, dim, bias=False)
     nn.init.uniform_(column.weight, -(inputs**-0.5), inputs**-0.5)
     return column
 
 
 class Clipped(Stepwise, naive.Actor):
-    """sac_flow_naive.py's actor, its backward pass limited."""
+    """sac_flow_naive.py's actor, with its backward pass limited."""
 
     clipped = True
 
@@ -197,7 +197,7 @@ class Sigma(Stepwise, naive.Actor):
         del self.sigma_net
         self.norm = renorm(sum({"s": obs_dim, "A": self.action_dim, "t": 1}[name] for name in self.under))
         self.velocity_net = self.network(obs_dim, dim)
-        # The same in every variant: near 0 for K = 4, as theirs.
+        # The same in every variant: near 0 for K = 4, like theirs.
         plain = naive.Actor(obs_dim, action_low, action_high, flow_steps=self.flow_steps, entropy="path")
         self.target_entropy = plain.target_entropy
 
@@ -225,7 +225,7 @@ class Renorm(Sigma):
 
 
 class Time(Renorm):
-    """`Renorm` with t under it: constant within a batch, it is 0 in training, and up to +-12 in acting."""
+    """`Renorm` with t under it: as t is constant within a batch, it is 0 in training, but up to +-12 when acting."""
 
     under = "sAt"
 
@@ -246,7 +246,7 @@ class AuthorsNetwork(nn.Module):
             nn.Linear(dim, 2 * action_dim),
         )  # fmt: skip
         for layer in self.net[::2]:
-            # Flax's lecun_normal: cut off at two deviations, and widened to have variance 1 / inputs all the same.
+            # Flax's lecun_normal: truncated at two deviations, and widened so that its variance is still 1 / inputs.
             deviation = layer.in_features**-0.5 / 0.87962566
             nn.init.trunc_normal_(layer.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
             nn.init.zeros_(layer.bias)
@@ -268,13 +268,13 @@ class Authors(Time):
 
 
 class AuthorsNoTime(Authors):
-    """`Authors` with t beside the BatchRenorm."""
+    """`Authors` with t outside the BatchRenorm."""
 
     under = "sA"
 
 
 class AuthorsClipped(Authors):
-    """`Authors`, its backward pass limited."""
+    """`Authors` with its backward pass limited."""
 
     clipped = True
 
@@ -330,14 +330,14 @@ VARIANTS = {
 
 @dataclass
 class Args(naive.Args):
-    """Flags of the command line: those of sac_flow_naive.py, three with other words, and two more."""
+    """Flags of the command line: those of sac_flow_naive.py, three of them redefined, and two more."""
 
     entropy: Literal["path"] = "path"
-    """whose entropy counts: that of the whole path, as in the paper"""
+    """which entropy to regularise: that of the whole path, as in the paper"""
     crossq: Literal[True] = True
     """CrossQ's critics, always: the variants are about BatchRenorm"""
     renorm_warmup: int = 100_000
-    """the critics' training batches for which a BatchRenorm is plain batch normalisation; the actor's is for a K-th as
+    """training batches for which the critics' BatchRenorm is plain batch normalisation; the actor's is for a K-th as
     many updates of the actor"""
     variant: Literal[tuple(VARIANTS)] = "plain"
     """what is trained: see above"""
@@ -358,7 +358,7 @@ class Progress(naive.Progress):
 
 
 def parse_args() -> tuple[Args, Optional[dict]]:
-    """As the script's; stops the program if a flag would undo what a variant is."""
+    """As in sac_flow_naive.py; also stops the program if a flag contradicts the variant."""
     with mock.patch.multiple(naive, Args=Args, __doc__=__doc__):  # sweep.py calls this without main()
         args, checkpoint = naive_parse_args()
     if args.norms_every < 0:
@@ -393,7 +393,7 @@ def batches_per_update(actor: naive.Actor) -> int:
 
 
 def make_networks(args: Args, env, device: torch.device):
-    """As the script's; says when the BatchRenorms switch, and hands `Run` what it is to measure."""
+    """As in sac_flow_naive.py; also says when the BatchRenorms switch, and hands `Run` what it is to measure."""
     networks = naive_make_networks(args, env, device)
     actor, _, critics, _, buffer = networks
     Run.measured = actor, critics, buffer, env, device
@@ -410,7 +410,7 @@ def make_networks(args: Args, env, device: torch.device):
 def gradient_norms(actor, critics, obs, noise, alpha, statistics: str):
     """|dL/dA_i| of each observation, (K+1, B), L the actor's loss, normalised by `statistics`: "batch" or "running".
 
-    Or "free": by the batch, and no backward pass is limited. In copies, so that no running statistics move.
+    Or "free": by the batch, with the backward pass not limited. On copies, so that no running statistics move.
     """
     actor = copy.deepcopy(actor).train(statistics != "running")
     if statistics == "free":
@@ -442,7 +442,7 @@ class Run(naive.Run):
 
 
 def main() -> None:
-    """sac_flow_naive.py's, with what differs in place of its own."""
+    """sac_flow_naive.py's main(), with what differs here in place of its own."""
     own = dict(SCRIPT=Path(__file__).stem, __doc__=__doc__, Args=Args, Progress=Progress, Run=Run)
     own |= dict(parse_args=parse_args, make_actor=make_actor, make_networks=make_networks)
     vars(naive).update(own)
@@ -452,6 +452,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # a run has its own way to stop
+    except KeyboardInterrupt:  # not during a run, which handles it itself
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

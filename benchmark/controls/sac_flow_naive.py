@@ -1,10 +1,10 @@
-"""The naive flow: SAC Flow with a plain MLP as velocity, the control beside sac_flow_g.py and sac_flow_t.py.
+"""The naive flow: SAC Flow with a plain MLP as its velocity, the control for sac_flow_g.py and sac_flow_t.py.
 
-An action is made by K steps along a velocity network, and gradients of the critic run back through all of them. That
-loop is a residual RNN over the flow time, whose gradients can explode where the velocity is steep.
-Nothing is done about it here: all but the velocity network is the text of sac_flow_g.py, so that a difference in a
-run is its doing.
-Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments name.
+An action is the result of K steps along a velocity network, and the critic's gradient runs back through all of them.
+That loop is a residual RNN over flow time, whose gradients can explode where the velocity is steep.
+Here nothing is done about that. Everything but the velocity network is the text of sac_flow_g.py, so that any
+difference between runs is due to it.
+Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments cite.
 
     python benchmark/controls/sac_flow_naive.py --env-id Hopper-v4
 
@@ -57,7 +57,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-EPISODE = "sac_flow_episode"  # an episode's return and length in its last info; "episode" may be another wrapper's
+EPISODE = "sac_flow_episode"  # where an episode's last info has its return and length; "episode" may be taken
 LOSSES = ("qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy")
 
 
@@ -73,28 +73,29 @@ class Args:
     total_timesteps: int = 1_000_000
     """environment steps of the whole run"""
     max_episode_steps: Optional[int] = None
-    """steps after which an episode is truncated; default: the environment's own limit, 10 000 where it has none"""
+    """steps after which an episode is truncated; default: the environment's own limit, or 10 000 if it has none"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU (the default where there is one)"""
     compile: bool = True
     """torch.compile the losses and the rollout, if a compiler works; on a GPU, replay each update as a CUDA graph"""
     capture_video: bool = False
-    """write videos to <run>/videos: of some training episodes, or with --evaluate of the first episode of each kind"""
+    """write videos to <run>/videos: of some training episodes or, with --evaluate, of the first deterministic and the
+    first stochastic episode"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 50_000
-    """steps between checkpoints; each waits for the end of an episode; the end of the run saves one, too"""
+    """steps between checkpoints, each saved when an episode ends; one is also saved at the end of the run"""
     eval_every: int = 10_000
     """steps between evaluations of the averaged actor; they do not affect training; 0: none, not even at the end"""
     eval_episodes: int = 5
-    """episodes of an evaluation"""
+    """episodes per evaluation"""
     run_name: Optional[str] = None
     """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit from an episode's end (on a GPU if its compiled code is still cached)"""
     evaluate: Optional[str] = None
-    """folder of a run, to play its policy.pt instead of training, or a policy file such as runs/<name>/policy_best.pt;
-    episodes start as in the run's own evaluations, unless another --seed is given"""
+    """folder of a run whose policy.pt is played instead of training, or a policy file such as
+    runs/<name>/policy_best.pt; episodes start as in the run's own evaluations unless another --seed is given"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -107,9 +108,10 @@ class Args:
     """discount factor"""
     critic_lr: float = 1e-3
     """learning rate of the critics"""
-    # actor_lr and alpha were chosen together on Hopper-v4: from the paper's alpha 0.2 the entropy term first inflates
-    # sigma (path entropy 14 for a target of 0) and Flow-G returned about 660 at step 30 000; with these, about 1 460
-    # (an earlier version with Euler's step and the path's entropy, one seed; alpha_lr and sigma's bound changed, too).
+    # actor_lr and alpha were chosen together on Hopper-v4: with the paper's alpha of 0.2, the entropy term at first
+    # inflated sigma (path entropy 14, target 0) and Flow-G returned about 660 at step 30 000; with these, about 1 460
+    # (one seed of an earlier version with Euler's step and the path's entropy; alpha_lr and sigma's bound were changed
+    # with them).
     actor_lr: float = 1e-3
     """learning rate of the actor"""
     alpha_lr: float = 1e-3
@@ -120,58 +122,58 @@ class Args:
     """width of the two hidden layers of each critic"""
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
-    # Flow-G, continued from step 100 000 to 110 000 and evaluated every 1 000 or 2 000 steps: the lowest return of the
-    # frozen policy as a share of the training episodes' at that time. Walker2d-v4, two seeds: 0.36 and 0.47 (decay
-    # 0.995), 0.98 and 1.08 (0.999), 0.94 and 1.09 (0.9995), 0.19 and 0.15 (last weights). Hopper-v4, two seeds: 1.25 or
-    # more from 0.995 on.
+    # Flow-G runs continued from step 100 000 to 110 000 and evaluated every 1 000 or 2 000 steps: the frozen policy's
+    # lowest return, as a fraction of the training episodes' return at that time. Walker2d-v4, two seeds: 0.36 and 0.47
+    # (decay 0.995), 0.98 and 1.08 (0.999), 0.94 and 1.09 (0.9995), 0.19 and 0.15 (last weights). Hopper-v4, two seeds:
+    # 1.25 or more with any decay from 0.995 up.
     actor_average: float = 0.999
-    """decay per actor update of the averaged weights, which are evaluated and make policy.pt; they lag by about
-    1 / (1 - decay) updates; 0: the last weights"""
+    """decay per actor update of the averaged weights, which are evaluated and saved as policy.pt; they lag behind by
+    about 1 / (1 - decay) updates; 0: use the last weights"""
     autotune: bool = True
     """learn alpha such that the policy's entropy meets --target-entropy"""
     alpha: float = 0.02
-    """entropy coefficient: its start, or its value with --no-autotune"""
+    """entropy coefficient: its initial value, or its fixed value with --no-autotune"""
     target_entropy: Optional[float] = None
-    """target of the policy's entropy in nats, of all dimensions together, for actions in [-1, 1] whatever the
-    environment's unit; default: what `Actor` computes, mostly -1 per dimension"""
+    """target of the policy's entropy in nats, summed over dimensions, for actions scaled to [-1, 1] whatever the
+    environment's units; default: computed by `Actor`, usually -1 per dimension"""
     crossq: bool = True
-    """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
+    """CrossQ critic: BatchRenorm and a joint forward pass, no target networks; --no-crossq: SAC with target networks"""
     tau: float = 0.005
-    """with --no-crossq: step of the target networks' moving average"""
-    # CrossQ switches after 100 000. On Humanoid-v4 that ruined Flow-G (seen to step 115 000) and the Gaussian, whose
-    # mean return from step 110 000 to 200 000 was 2 967, with falls to 450, against 5 263 without the switch. Flow-G
-    # did not suffer on HalfCheetah-v4 (to 112 500) or Hopper-v4 (to 150 000). One seed each.
+    """with --no-crossq: update rate of the target networks' moving average"""
+    # CrossQ switches to running statistics after 100 000 batches. On Humanoid-v4 that ruined Flow-G (seen up to step
+    # 115 000) and the Gaussian, whose mean return from step 110 000 to 200 000 was 2 967, with drops to 450, against
+    # 5 263 without the switch. Flow-G did not suffer on HalfCheetah-v4 (up to 112 500) or Hopper-v4 (up to 150 000).
+    # One seed each.
     renorm_warmup: Optional[int] = None
-    """training batches after which a BatchRenorm normalises by its running statistics; default: never, it stays plain
-    batch normalisation"""
+    """training batches after which BatchRenorm switches to its running statistics; default: never, so that it stays
+    plain batch normalisation"""
 
     # Flow policy
     flow_steps: int = 4
     """K, steps from noise to action; the target entropy depends on it (see `Actor`)"""
-    # With a constant sigma the exponential step returned 1 041 and 396 on Hopper-v4 after 60 000 steps, with sigma
-    # sqrt(1 - t), which is kept here, at 3 039 and 3 213 (frozen averages, two seeds: benchmark/results).
+    # On Hopper-v4 after 60 000 steps, the exponential step returned 1 041 and 396 with a constant sigma, 3 039 and
+    # 3 213 with sigma sqrt(1 - t), which is kept here (frozen averages, two seeds: benchmark/results).
     score_step: Literal["exponential", "euler", "none"] = "exponential"
-    """how the score (which keeps the marginals of a true flow) is integrated; euler is the paper's; none
-    leaves it out"""
-    # Frozen averages near 60 000 steps: Ant-v4 806 with the path's, 2 371 with the last step's (56 000, one seed);
-    # HalfCheetah-v4 7 376 and 6 231 with the path's, 6 626 and 7 116 with the last step's. Hopper-v4 is learned later
-    # with the last step's: 483 against 1 616 at step 36 000 (one seed); seeds 4 to 6, which came after the choice,
-    # reached 3 108, 3 216 and 3 137 at step 50 000.
+    """how to integrate the score, which preserves a true flow's marginals; euler: as in the paper; none: no score"""
+    # Returns of frozen averages near step 60 000: Ant-v4 806 with the path's entropy, 2 371 with the last step's (at
+    # 56 000, one seed); HalfCheetah-v4 7 376 and 6 231 with the path's, 6 626 and 7 116 with the last step's. Hopper-v4
+    # takes longer with the last step's: 483 against 1 616 at step 36 000 (one seed); seeds 4 to 6, run after the
+    # choice, reached 3 108, 3 216 and 3 137 at step 50 000.
     entropy: Literal["last-step", "path"] = "last-step"
-    """which entropy counts: the last step's, a lower bound of the action's, or the whole path's, as in the paper; the
-    path's default target is the entropy of a sigma of 0.46"""
+    """which entropy to regularise: the last step's, a lower bound on the action's, or the whole path's, as in the
+    paper; the path's default target is its entropy at a sigma of 0.46"""
     sigma_dim: int = 256
     """width of the two hidden layers of the network for sigma"""
-    # On HalfCheetah-v4 at 60 000 steps Flow-G returned 7 376 and 6 231 with it, 5 932 and 5 555 without (two seeds,
-    # entropy of the path), for 10 % more time per step.
+    # On HalfCheetah-v4 at 60 000 steps, Flow-G returned 7 376 and 6 231 with the encoder, 5 932 and 5 555 without (two
+    # seeds, the path's entropy); it costs 10 % more time per step.
     encoder_dim: int = 256
     """width of the layer between the observation and the velocity network; 0: none"""
     velocity_dim: int = 512
-    """width of the hidden layer: 512 has the parameters of Flow-G's gate and candidate of 256 each"""
+    """width of the hidden layer; 512 gives as many parameters as Flow-G's gate and candidate of 256 each"""
 
 
 class TimeEmbedding(nn.Module):
-    """Linear map of sines and cosines of the flow time t in [0, 1] (float or (B, 1)) to (dim,) or (B, dim)."""
+    """Embedding of the flow time t in [0, 1] (float or (B, 1)): linear in its sines and cosines, (dim,) or (B, dim)."""
 
     def __init__(self, dim: int, frequencies: int = 16):
         super().__init__()
@@ -185,14 +187,14 @@ class TimeEmbedding(nn.Module):
 
 
 class Velocity(nn.Module):
-    """The plain velocity: v(t, a, s) is an MLP with one hidden layer, and an Euler step a residual block of it.
+    """The plain velocity: v(t, a, s) is an MLP with one hidden layer, and an Euler step makes it a residual block.
 
-    With `dim` twice Flow-G's it has as many parameters as Flow-G, but for D biases. Nothing bounds dv/da.
+    With twice Flow-G's `dim` it has as many parameters as Flow-G, except for D biases. Nothing bounds dv/da.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, dim: int = 512):
         super().__init__()
-        # The first layer split by input: the observation's part is the same at all K steps, so `encode` computes it
+        # The first layer is split by input: the observation's part is the same at all K steps, so `encode` computes it
         # once per rollout.
         self.from_obs = nn.Linear(obs_dim, dim)
         self.from_action = nn.Linear(action_dim, dim, bias=False)
@@ -209,9 +211,9 @@ class Velocity(nn.Module):
 
 
 class Actor(nn.Module):
-    """Flow policy: K noisy steps along a velocity network, then tanh to the action bounds.
+    """Flow policy: K noisy steps along a velocity network, then a tanh into the action bounds.
 
-    Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
+    Needs no environment, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
     bounds, `renorm` is a factory dim -> module that normalises observations, `velocity` is passed to `Velocity`.
     """
 
@@ -247,15 +249,16 @@ class Actor(nn.Module):
         )  # fmt: skip
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
-        # Last step: SAC's customary target, -1 for each dimension of actions in [-1, 1], asks for a sigma of 0.36 at K
-        # = 4 (with Euler's step, or without the score, 0.18). For more steps it is lowered to what the same sigma
-        # gives: the last deviation is about sigma / K (there sigma / sqrt(K)). With the exponential step -1 would ask
-        # for 1.5 at K = 16, and nothing meets it from K = 69 on. Returns after 30 000 steps with K = 16, lowered / at
-        # -1, Walker2d-v4 Flow-G 1 616 / 1 434 and 675 / 590, Flow-T 706 / 1 822 and 690 / 620; Ant-v4 Flow-G 332 / 387,
-        # Flow-T 590 / 464: no clear gain, but |dL/dA_0| is 4 to 20 times as large.
-        # Path: the paper's target, 0 whatever K is, asks for a sigma of 0.46 at K = 4, but of 1.4 at K = 16. With that
-        # target and K = 16 Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps, and 559 and 598 with the entropy of
-        # sigma 0.46, the default (frozen averages, two seeds). With Euler's step sigma 0.46 has a path entropy of 1.2
+        # Last step: SAC's customary target, -1 for each dimension of actions in [-1, 1], implies a sigma of 0.36 at
+        # K = 4 (0.18 with Euler's step or without the score). For larger K it is lowered to what the same sigma gives:
+        # the last deviation is about sigma / K (sigma / sqrt(K) with Euler's step or without the score). With the
+        # exponential step, -1 would imply a sigma of 1.5 at K = 16, and no sigma meets it from K = 69 on. Returns after
+        # 30 000 steps with K = 16 (target lowered / left at -1): Walker2d-v4 Flow-G 1 616 / 1 434 and 675 / 590, Flow-T
+        # 706 / 1 822 and 690 / 620; Ant-v4 Flow-G 332 / 387, Flow-T 590 / 464: lowering it brings no clear gain, but
+        # makes |dL/dA_0| 4 to 20 times as large.
+        # Path: the paper's target, 0 for every K, implies a sigma of 0.46 at K = 4, but of 1.4 at K = 16. With that
+        # target and K = 16, Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps; with the default, the entropy at
+        # sigma 0.46, 559 and 598 (frozen averages, two seeds). With Euler's step, sigma 0.46 has a path entropy of 1.2
         # per dimension: give --target-entropy 0 there.
         power = 1 if score_step == "exponential" else 0.5
         last_step = -self.action_dim * (1 + power * math.log(max(flow_steps, 4) / 4))
@@ -264,7 +267,7 @@ class Actor(nn.Module):
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D).
 
-        For tests and measurements, in evaluation mode: `rollout` encodes the observation once for all steps.
+        For tests and measurements in evaluation mode; `rollout` itself encodes the observation once for all steps.
         """
         features = self.velocity_net.encode(self.encoder(self.norm(obs)))
         return self.velocity_net(t, a, features)
@@ -272,11 +275,11 @@ class Actor(nn.Module):
     def step(self, i: int, a, v, sigma):
         """Mean and standard deviation of A_{i+1} given a = A_i, v = v(t_i, A_i, s) and sigma, all (B, D).
 
-        The score of the linear path's marginal is (t v - a) / (1 - t). For the velocity of a true flow and large K,
-        both steps with the score keep the marginals of the rollout without noise. Euler's step, the paper's, overshoots
-        where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and that scale fixed
-        within the step and solves the rest exactly, so the score's factor rho is in (0, 1) whatever sigma and K (step 8
-        of the derivation).
+        The score of the linear path's marginal is (t v - a) / (1 - t). For the velocity of a true flow and large K, the
+        Euler and the exponential step both keep the marginals of the rollout without noise. Euler's step, the paper's,
+        overshoots where sigma is large. The exponential step has noise of scale sigma sqrt(1 - t), holds v and that
+        scale fixed within the step and solves the rest exactly, so that the score's factor rho is in (0, 1) for any
+        sigma and K (step 8 of the derivation).
         """
         dt = 1 / self.flow_steps
         t = i * dt
@@ -293,9 +296,9 @@ class Actor(nn.Module):
     def rollout(self, obs, noise):
         """Sample actions and their log density, of the last step or of the whole path.
 
-        A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` has m_i and sqrt(V_i)),  action = squash(A_K),
+        A_0 = noise[0],  A_{i+1} = m_i + sqrt(V_i) noise[i+1]  (`step` gives m_i and sqrt(V_i)),  action = squash(A_K),
         log p_c(path | s) = log N(A_0; 0, I) + sum_i log N(A_{i+1}; m_i, diag V_i) - sum_d log(1 - tanh(A_{K,d})^2),
-        the density of A_0 to A_{K-1} and of the action in [-1, 1], so that the unit of actions changes nothing.
+        the log density of A_0 to A_{K-1} and the action in [-1, 1], so that the environment's units do not matter.
         obs (B, obs_dim); noise (K+1, B, D) of unit Gaussians. Returns action (B, D) in the environment's units,
         log_prob (B,), and the path, the list of A_0 to A_K, (B, D) each (A_0 is a graph node only if noise requires
         grad). log_prob is log p_c if the entropy is the path's, else its last step's part, log p(action | A_{K-1}, s).
@@ -315,7 +318,7 @@ class Actor(nn.Module):
             mean, deviation = self.step(i, path[i], v, sigma)
             path.append(mean + deviation * noise[i + 1])
             log_deviations.append(deviation.log())
-        # Standardised, A_{i+1} given A_i is noise[i+1]: hence the density of the noise, less the log deviations.
+        # Given A_i, the standardised A_{i+1} is noise[i+1]: hence the noise's log density, less the log deviations.
         counted = slice(-1, None) if self.entropy == "last-step" else slice(None)
         log_normal = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi))
         log_prob = log_normal.sum(0) - sum(log_deviations[counted])
@@ -325,7 +328,7 @@ class Actor(nn.Module):
         return action, (log_prob - log_slope).sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """Entropy in nats, of all dimensions, with this sigma everywhere; an action's is capped at a uniform one's."""
+        """Total entropy in nats with this sigma everywhere; the action's part is capped at that of a uniform action."""
         one = torch.ones_like(self.scale)
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
         for i in range(self.flow_steps):
@@ -337,13 +340,13 @@ class Actor(nn.Module):
         return float((before + action).sum())
 
     def draw_noise(self, batch: int, deterministic: bool = False):
-        """What a rollout of `batch` observations takes: (K+1, B, D) of unit Gaussians, or zeros for the path's mode."""
+        """Noise for a rollout of `batch` observations: unit Gaussians (K+1, B, D), or zeros for the path's mode."""
         draw = torch.zeros if deterministic else torch.randn
         shape = self.flow_steps + 1, batch, self.action_dim
         return draw(shape, device=self.scale.device, dtype=self.scale.dtype)
 
     def act(self, obs, deterministic: bool = False):
-        """Actions (B, D) for obs (B, obs_dim), or one, (D,), for one of (obs_dim,), never normalised by the batch.
+        """Actions (B, D) for obs (B, obs_dim), or one action (D,) for one obs (obs_dim,); never uses batch statistics.
 
         Deterministic: the mode of the path before the squash, with all noise 0.
         """
@@ -361,12 +364,12 @@ class Actor(nn.Module):
 
 
 class BatchRenorm(nn.Module):
-    """Batch renormalisation (Ioffe, 2017) of (B, dim): batch norm, after `warmup` batches by the running statistics.
+    """Batch renormalisation (Ioffe, 2017) of (B, dim): batch norm, then running statistics after `warmup` batches.
 
     y = ((x - mean) / std * r + d) * weight + bias,  r = std / running_std,  d = (mean - running_mean) / running_std,
     with r and d clipped and without gradient. For the first `warmup` batches r = 1, d = 0: plain batch norm.
-    The running statistics are the mean over all batches so far, up to 1 / (1 - momentum) of them; after that a moving
-    average.
+    The running statistics are the mean over the batches so far for the first 1 / (1 - momentum) of them, then a
+    moving average.
     """
 
     momentum = 0.99
@@ -384,9 +387,9 @@ class BatchRenorm(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
-        # Everything is folded into one scale and one shift per feature, so that after its statistics x is read once.
-        # The stacks put these, and in the backward pass their gradients, into memory: compiled loops over x would
-        # otherwise repeat the roots and divisions at every element.
+        # Everything is folded into one scale and one shift per feature, so that x is read only once more after its
+        # statistics. The stacks force both, and their gradients in the backward pass, into memory: otherwise compiled
+        # loops over x would repeat the roots and divisions for every element.
         if self.training:
             var, mean = torch.stack(torch.var_mean(x, dim=0, correction=0))
             std = torch.sqrt(var + self.eps)
@@ -431,8 +434,8 @@ class Critic(nn.Module):
 def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
     """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log_prob').
 
-    `targets` are the target networks, or None for CrossQ: then Q(s, a) and Q(s', a') come from one forward of both
-    halves, so that BatchRenorm sees the mixture of both distributions. Returns the loss and mean Q.
+    `targets` are the target networks, or None for CrossQ: then Q(s, a) and Q(s', a') come from one joint forward pass,
+    so that BatchRenorm sees the mixture of both distributions. Returns the loss and mean Q.
     """
     obs, action, reward, terminated, next_obs = batch
     with torch.no_grad():
@@ -465,7 +468,7 @@ def alpha_loss(log_alpha, log_prob, target_entropy):
 
 
 def record(losses, **values) -> None:
-    """Put values, by their names in LOSSES, where the log finds them."""
+    """Store values in `losses`, at their names' places in LOSSES, to be logged."""
     for name, value in values.items():
         losses[LOSSES.index(name)].copy_(value)
 
@@ -474,8 +477,8 @@ def with_gradients(loss_function, network):
     """`loss_function` with its gradients in the same graph: function(*inputs) -> loss, *rest, gradients.
 
     `rest` is every other scalar that the loss function returns, and `gradients` are those of the loss with respect to
-    the parameters of `network`, in their order. As one function both passes compile to one graph, and nothing else is
-    computed: an actor update leaves out the gradients of the critics' parameters.
+    the parameters of `network`, in their order. In one function, both passes compile to one graph, and nothing else is
+    computed: an actor update skips the gradients of the critics' parameters.
     """
 
     @wraps(loss_function)
@@ -505,7 +508,7 @@ def average_of(actor):
 
 
 def move_average(average, network, weight: float) -> None:
-    """Move the parameters of `average` towards those of `network`, which enter with `weight`."""
+    """Move the parameters of `average` a fraction `weight` of the way to those of `network`."""
     with torch.no_grad():
         torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
 
@@ -513,7 +516,7 @@ def move_average(average, network, weight: float) -> None:
 def gradient_norms(actor, critics, obs, noise, alpha):
     """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible.
 
-    As the actor's update sees it, normalised by the batch; in copies, so that no running statistics move.
+    As in the actor's update, normalised by the batch; on copies, so that no running statistics move.
     """
     actor = copy.deepcopy(actor).train()
     critics = copy.deepcopy(critics).eval()
@@ -549,9 +552,9 @@ class ReplayBuffer:
         return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
 
     def filled(self) -> torch.Tensor:
-        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to.
+        """The rows in use, as a tensor of their own: torch.save of a view would write the whole buffer.
 
-        On the CPU, since copies that grow would stay in the memory that a GPU's allocator reserves.
+        On the CPU, since a GPU's allocator would keep the memory of ever larger copies reserved.
         """
         if len(self) == len(self.rows):
             return self.rows.cpu()
@@ -603,7 +606,7 @@ def main() -> None:
     critic_gradients = jit(with_gradients(critic_loss, critics))
     actor_gradients = jit(with_gradients(actor_loss, actor))
 
-    @graph  # takes and returns nothing: all is in tensors that stay
+    @graph  # takes and returns nothing: everything is in persistent tensors
     def update_critic() -> None:
         batch = buffer.sample(args.batch_size)
         noise = actor.draw_noise(args.batch_size)
@@ -619,7 +622,7 @@ def main() -> None:
         obs, *_ = buffer.sample(args.batch_size)
         noise = actor.draw_noise(args.batch_size)
         alpha = log_alpha.detach().exp()
-        actor.norm.train()  # everywhere but in its own update it normalises by running statistics
+        actor.norm.train()  # outside its own update it normalises by running statistics
         critics.eval()
         loss, log_prob, gradients = actor_gradients(actor, critics, obs, noise, alpha)
         actor.norm.eval()
@@ -694,7 +697,7 @@ def main() -> None:
 
 
 class Failure(SystemExit):
-    """Raised by `fail` alone."""
+    """Raised only by `fail`."""
 
 
 def fail(message: str) -> NoReturn:
@@ -710,13 +713,13 @@ def note(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, in a line."""
+    """What went wrong, as one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def explained(what: str):
-    """Turn an exception within it into one line, `what` and the reason."""
+    """Turn any exception inside it into a one-line error: `what` and the reason."""
     try:
         yield
     except Failure:
@@ -731,9 +734,9 @@ def flag(name: str) -> str:
 
 
 def read_flags(kind: type, description: str, **options):
-    """tyro.cli, described by a docstring's first line and commands; an error becomes one line.
+    """tyro.cli, described by the first line and the commands of a docstring; an error becomes one line.
 
-    --help has the headings of the source, `# Soft actor-critic`, which a flat class cannot tell tyro.
+    --help gets the source's headings, such as `# Soft actor-critic`, which tyro does not see in a flat class.
     """
     said = io.StringIO()
     shown = "\n".join(re.findall(r"\A.*|^    .*", description, re.M))
@@ -831,7 +834,7 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
 
 
 def make_networks(args: Args, env: gym.Env, device: torch.device):
-    """What the flags and the environment ask for; stops the program if it does not fit together, or into memory.
+    """Networks and buffer for the flags and environment; stops the program if they do not fit together, or into memory.
 
     Returns the actor, its average, two critics, their target networks (None with CrossQ) and an empty buffer.
     """
@@ -885,12 +888,12 @@ def thread_failed(failure) -> None:
 
 
 class Run:
-    """A run's folder and what is written there; its progress bar; and Ctrl-C.
+    """A run's folder and what is written to it; its progress bar; and the handling of Ctrl-C.
 
-    Made after the networks, so that a wrong flag leaves no folder behind. As a context it counts time, and takes the
-    first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception of the
-    environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use the folder
-    at the same time.
+    Created after the networks, so that a wrong flag leaves no folder behind. As a context manager it keeps time, and
+    takes the first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception
+    from the environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use
+    the folder at the same time.
     """
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
@@ -902,7 +905,7 @@ class Run:
         self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
-        self.history = []  # of (step, losses) since they were last looked at
+        self.history = []  # (step, losses) of each update since the losses were last checked
         if args.track:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
@@ -915,7 +918,7 @@ class Run:
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
             lock(self.lock)
             if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
-                fail(f"{self.folder} was continued by another process in the meantime: give the command again")
+                fail(f"{self.folder} was continued by another process in the meantime: run the command again")
             flags = json.dumps(asdict(args), indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -966,7 +969,7 @@ class Run:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time spent within it is not counted."""
+        """Do not count the time spent inside."""
         began = time.monotonic()
         yield
         self.clock += time.monotonic() - began
@@ -978,14 +981,14 @@ class Run:
         return f"the checkpoint of step {self.saved_step} is kept: --resume {self.folder}"
 
     def check_finite(self, **values) -> None:
-        """Stop the program if a value, by its name, is not finite; a loss that was not is named in its place."""
+        """Stop the program if a value is not finite, and name it; if a loss was not finite, name that instead."""
         for name, value in values.items():
             if not np.isfinite(value).all():
                 self.mean_losses()
                 fail(f"step {self.progress.step}: {name} is NaN or infinite; {self.kept()}")
 
     def mean_losses(self) -> dict[str, float]:
-        """Means of the losses since the last call, after a check of each: the only host-device sync for losses."""
+        """Means of the losses since the last call, each checked to be finite: the only host-device sync for losses."""
         if not self.history:
             return {}
         steps, rows = zip(*self.history, strict=True)
@@ -996,7 +999,7 @@ class Run:
         return dict(zip(LOSSES, rows.mean(0).tolist(), strict=True))
 
     def log_update(self, losses: torch.Tensor) -> None:
-        """Note an update and its losses; every 100 updates the means since then, or since a checkpoint, are written."""
+        """Record an update and its losses; every 100 updates, write the means since the last write or checkpoint."""
         self.progress.updates += 1
         self.history.append((self.progress.step, losses.clone()))
         if self.progress.updates % 100 == 0:
@@ -1006,7 +1009,7 @@ class Run:
             self.say_how_it_goes(means["alpha"])
 
     def say_how_it_goes(self, alpha: float) -> None:
-        """Return of the last ten episodes and alpha, in the bar; a log file has it as a line every 1 000 updates."""
+        """Show the last ten episodes' mean return and alpha in the bar; a log file gets a line every 1 000 updates."""
         episodes = self.progress.rows["returns.csv"][1:]
         recent = [row[1] for row in episodes[-10:]]
         shown = f"return {np.mean(recent):.4g}, " if recent else ""
@@ -1015,18 +1018,18 @@ class Run:
             print(self.bar, file=sys.stderr, flush=True)
 
     def count_step(self) -> None:
-        """Note a step."""
+        """Count a step."""
         self.progress.step += 1
         self.bar.update()
 
     def end_episode(self, info: dict) -> None:
-        """Note the end of an episode; `info` is that of its last step."""
+        """Record the end of an episode; `info` is that of its last step."""
         episode = info[EPISODE]
         self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.write_row("returns.csv", float(episode["r"]), episode["l"])
 
     def report(self, kind: str, scores: dict[str, float]) -> bool:
-        """Note an evaluation; whether it is the best so far."""
+        """Record an evaluation; returns whether it is the best so far."""
         prefix = "eval/" if kind == "deterministic" else f"eval/{kind}_"
         self.write_scalars({prefix + name: value for name, value in scores.items()})
         shown = [f"{value:.5g}" for value in scores.values()]
@@ -1043,7 +1046,7 @@ class Run:
             self.writer.add_scalar(name, value, self.progress.step)
 
     def write_row(self, name: str, *values) -> None:
-        """Write a row of a CSV file, between the step and the seconds."""
+        """Append a row to a CSV file: the step, the values and the seconds."""
         row = [self.progress.step, *values, round(self.seconds(), 2)]
         self.progress.rows[name].append(row)
         with open(self.folder / name, "a", newline="") as file:
@@ -1054,7 +1057,7 @@ class Run:
         return bool(self.interrupted) or self.progress.step - self.saved_step >= self.args.save_every
 
     def save(self, state: dict, policy: Actor) -> None:
-        """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
+        """If all weights are finite, write policy.pt and, with `state` and the run's progress, checkpoint.pt."""
         self.mean_losses()
         for network in ("actor", "critics"):
             for name, value in state[network].items():
@@ -1065,15 +1068,15 @@ class Run:
         self.saved_step = self.progress.step
 
     def save_policy(self, name: str, actor: Actor) -> None:
-        """Write an actor and what builds it, as `load_policy` reads it."""
+        """Write an actor with what is needed to rebuild it, in the form that `load_policy` reads."""
         self.save_as(name, step=self.progress.step, obs_dim=actor.obs_dim, actor=actor.state_dict())
 
     def save_as(self, name: str, **state) -> None:
-        """Write `state` and what wrote it, as `load` reads it."""
+        """Write `state` with the script's name and flags, in the form that `load` reads."""
         write(self.folder / name, {"script": SCRIPT, "args": asdict(self.args), **state})
 
     def say_where(self) -> None:
-        """Say where the run is, and how to resume one that was stopped, which has an exit code of its own."""
+        """Say where the run is saved or, if it was stopped, how to resume it; a stopped run has its own exit code."""
         if self.progress.step < self.total:
             print(f"stopped at step {self.progress.step}; resume with: python {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + self.interrupted)
@@ -1081,7 +1084,7 @@ class Run:
 
 
 def write(path: Path, state: dict) -> None:
-    """Write `state` so that `path` is always a complete file, the old or the new. Raises OSError if it cannot."""
+    """Write `state` so that `path` is always a complete file, old or new. Raises OSError if it cannot be written."""
     temporary = path.with_suffix(".pt.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1091,13 +1094,13 @@ def write(path: Path, state: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        # torch.save may fail once more while it closes the file of a full disk.
+        # On a full disk, torch.save may fail a second time as it closes the file.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write {path} ({reason})") from error
 
 
 def load(path: Path, key: str) -> dict:
-    """Read a file of a run that has `key`; stops the program if it is missing, damaged or written by another script."""
+    """Read a run's file, which must have `key`; stops the program if it is missing, damaged or another script's."""
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
@@ -1111,7 +1114,7 @@ def load(path: Path, key: str) -> dict:
     if written_by != SCRIPT:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
-        fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file of it")
+        fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file in it")
     if differing := flags ^ set(vars(Args())):
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
@@ -1195,7 +1198,7 @@ def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
 
 @contextlib.contextmanager
 def fork_random(seed: int, device: torch.device, env: gym.Env):
-    """Within it the random generators start from `seed`; after it they are where they were before."""
+    """Inside, the random generators start from `seed`; afterwards they are back where they were."""
     states = random_states(device, env)
     seed_random(seed % 2**32)
     yield
@@ -1203,7 +1206,7 @@ def fork_random(seed: int, device: torch.device, env: gym.Env):
 
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
-    """All that decides how a run continues from an episode's end, if the environment keeps only its generator."""
+    """All that decides how a run continues from an episode's end, if the environment's only state is its generator."""
     return {
         **{name: part.state_dict() for name, part in learned.items()},
         **{name: tensor.detach() for name, tensor in tensors.items()},
@@ -1242,7 +1245,7 @@ def lock(file) -> None:
 def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: Optional[str] = None) -> gym.Env:
     """gym.make with one-line errors for environments that do not exist or that this script cannot control.
 
-    `render_mode` is rgb_array, for videos, or human, for a window if there is a display. Episodes are counted.
+    `render_mode` is rgb_array, for videos, or human, for a window if there is a display. Returns are recorded.
     """
     warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the paper reports
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
@@ -1270,7 +1273,7 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
     if not (action.low.size and action.is_bounded() and (action.low < action.high).all()):
         fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
     if env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms"):
-        fail(f"--env-id {env_id}: what NormalizeObservation or NormalizeReward saw is not saved; leave it out")
+        fail(f"--env-id {env_id}: what NormalizeObservation or NormalizeReward saw is not saved; drop the wrapper")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
             import moviepy  # noqa: F401
@@ -1284,7 +1287,7 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
 
 
 def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
-    """Write episodes to MP4 files in `folder`/videos: those that `episodes` names, else gymnasium's choice."""
+    """Write episodes to MP4 files in `folder`/videos: those that `episodes` selects, by default gymnasium's choice."""
     with explained(f"--capture-video: cannot write to {folder / 'videos'}"):
         return gym.wrappers.RecordVideo(env, str(folder / "videos"), episodes, name_prefix=prefix, disable_logger=True)
 
@@ -1295,13 +1298,13 @@ def to_obs(obs) -> np.ndarray:
 
 
 def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
+    """Action (D,) in the space's shape and type, clipped: rounding may cross the bounds by a unit in the last place."""
     action = np.clip(action.reshape(space.shape), space.low, space.high)
     return action.astype(space.dtype)
 
 
 def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
-    """Play episodes from starts that `seed` decides; `act` maps obs (obs_dim,) to an action (D,), both numpy.
+    """Play episodes from starts determined by `seed`; `act` maps obs (obs_dim,) to an action (D,), both numpy.
 
     Returns their mean return with its standard error, and their mean length.
     """
@@ -1321,7 +1324,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
 
 
 def describe(scores: dict[str, float]) -> str:
-    """An evaluation in a line."""
+    """An evaluation as one line."""
     return f"return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
 
 
@@ -1356,25 +1359,25 @@ def find_compiler(device: torch.device):
 
     def jit(function):
         options = {
-            # Each function always meets the same shapes and modes: checking that would cost 0.2 ms a call.
+            # Each function is always called with the same shapes and modes: checking that would cost 0.2 ms a call.
             "guard_filter_fn": lambda guards: [False] * len(guards),
-            # Products of one row (the policy's) are compiled as sums: a library call costs more.
+            # Matrix products of a single row (the policy's) are compiled as sums: a library call costs more.
             "post_grad_fusion_options": {"decompose_mm_pass": {}},
         }
-        # Guards are off, so closures of one text would share the first one's graph: each gets its own code object.
+        # With guards off, closures of the same source would share the first one's graph: each gets its own code object.
         function.__code__ = function.__code__.replace()
         return torch.compile(function, dynamic=False, options=options)
 
     try:
         for library in Path(cache_dir()).rglob("*.so"):
-            with contextlib.suppress(OSError):  # another process may be as quick
+            with contextlib.suppress(OSError):  # another process may remove it first
                 status = library.stat()
                 if status.st_size == 0 and time.time() - status.st_mtime > 10:  # of a compilation that was killed
                     library.unlink()  # else every later run would fail on it
         torch.compiler.reset()  # guards are off, so graphs of an earlier run in this process would be reused
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-        print("the first update compiles the losses, for a minute or two", file=sys.stderr)
-        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
+        print("the first update compiles the losses, which takes a minute or two", file=sys.stderr)
+        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would break at the gradients
         return jit
     except Exception as error:
         note(f"torch.compile does not work here ({first_line(error)}); continuing without it, slower")
@@ -1384,10 +1387,10 @@ def find_compiler(device: torch.device):
 def matmul_precision(device: torch.device) -> str:
     """The precision to ask for in the updates: "medium" if it rounds nothing here, else "highest".
 
-    On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
-    computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
+    On a CPU, "medium" hands float32 products to oneDNN. With AMX units, oneDNN rounds their factors to bfloat16;
+    without them, it still computes in float32, on AMD processors twice as fast as MKL, which "highest" uses.
     """
-    x = torch.arange(2**16, device=device).sin().abs().view(256, 256)  # no random numbers, which the run counts on
+    x = torch.arange(2**16, device=device).sin().abs().view(256, 256)  # no random draws: they would change the run
     torch.set_float32_matmul_precision("medium")
     medium = x @ x
     torch.set_float32_matmul_precision("highest")
@@ -1395,10 +1398,10 @@ def matmul_precision(device: torch.device) -> str:
 
 
 class CudaGraph:
-    """`function()` as one CUDA graph: its launch costs the host one call in place of one for every kernel.
+    """`function()` as one CUDA graph: a launch costs the host one call instead of one for every kernel.
 
     The function takes nothing and returns nothing: it works on tensors that live as long as it does, and draws from
-    the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
+    the device's generator. The first three calls run it directly, which sets up compilation, optimizers and libraries.
     """
 
     def __init__(self, function):
@@ -1425,6 +1428,6 @@ class CudaGraph:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # a run has its own way to stop
+    except KeyboardInterrupt:  # not during a run, which handles it itself
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

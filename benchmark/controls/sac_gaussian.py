@@ -1,8 +1,8 @@
-"""SAC with the usual tanh-Gaussian policy, on the same critic and in the same skeleton: the baseline of SAC Flow.
+"""SAC with the usual tanh-Gaussian policy, with the same critic and in the same skeleton: the baseline for SAC Flow.
 
-An action is one draw from a diagonal Gaussian, squashed. All but the policy is the text of sac_flow_g.py, so that runs
-differ by the policy, its size and its entropy alone; the settings they share were chosen for the flows. "Soft
-Actor-Critic Algorithms and Applications", arXiv 1812.05905; with BatchRenorm and without target networks as "CrossQ",
+An action is one draw from a diagonal Gaussian, squashed. Everything but the policy is the text of sac_flow_g.py, so
+that runs differ only in the policy, its size and its entropy; the settings they share were chosen for the flows. "Soft
+Actor-Critic Algorithms and Applications", arXiv 1812.05905; BatchRenorm in place of target networks as in "CrossQ",
 arXiv 1902.05605.
 
     python benchmark/controls/sac_gaussian.py --env-id Hopper-v4
@@ -55,7 +55,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-EPISODE = "sac_flow_episode"  # an episode's return and length in its last info; "episode" may be another wrapper's
+EPISODE = "sac_flow_episode"  # where an episode's last info has its return and length; "episode" may be taken
 LOSSES = ("qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy")
 
 
@@ -71,28 +71,29 @@ class Args:
     total_timesteps: int = 1_000_000
     """environment steps of the whole run"""
     max_episode_steps: Optional[int] = None
-    """steps after which an episode is truncated; default: the environment's own limit, 10 000 where it has none"""
+    """steps after which an episode is truncated; default: the environment's own limit, or 10 000 if it has none"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU (the default where there is one)"""
     compile: bool = True
     """torch.compile the losses and the rollout, if a compiler works; on a GPU, replay each update as a CUDA graph"""
     capture_video: bool = False
-    """write videos to <run>/videos: of some training episodes, or with --evaluate of the first episode of each kind"""
+    """write videos to <run>/videos: of some training episodes or, with --evaluate, of the first deterministic and the
+    first stochastic episode"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 50_000
-    """steps between checkpoints; each waits for the end of an episode; the end of the run saves one, too"""
+    """steps between checkpoints, each saved when an episode ends; one is also saved at the end of the run"""
     eval_every: int = 10_000
     """steps between evaluations of the averaged actor; they do not affect training; 0: none, not even at the end"""
     eval_episodes: int = 5
-    """episodes of an evaluation"""
+    """episodes per evaluation"""
     run_name: Optional[str] = None
     """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
     """folder of a run to continue, bit for bit from an episode's end (on a GPU if its compiled code is still cached)"""
     evaluate: Optional[str] = None
-    """folder of a run, to play its policy.pt instead of training, or a policy file such as runs/<name>/policy_best.pt;
-    episodes start as in the run's own evaluations, unless another --seed is given"""
+    """folder of a run whose policy.pt is played instead of training, or a policy file such as
+    runs/<name>/policy_best.pt; episodes start as in the run's own evaluations unless another --seed is given"""
 
     # Soft actor-critic
     buffer_size: int = 1_000_000
@@ -105,9 +106,10 @@ class Args:
     """discount factor"""
     critic_lr: float = 1e-3
     """learning rate of the critics"""
-    # actor_lr and alpha were chosen together on Hopper-v4: from the paper's alpha 0.2 the entropy term first inflates
-    # sigma (path entropy 14 for a target of 0) and Flow-G returned about 660 at step 30 000; with these, about 1 460
-    # (an earlier version with Euler's step and the path's entropy, one seed; alpha_lr and sigma's bound changed, too).
+    # actor_lr and alpha were chosen together on Hopper-v4: with the paper's alpha of 0.2, the entropy term at first
+    # inflated sigma (path entropy 14, target 0) and Flow-G returned about 660 at step 30 000; with these, about 1 460
+    # (one seed of an earlier version with Euler's step and the path's entropy; alpha_lr and sigma's bound were changed
+    # with them).
     actor_lr: float = 1e-3
     """learning rate of the actor"""
     alpha_lr: float = 1e-3
@@ -118,30 +120,31 @@ class Args:
     """width of the two hidden layers of each critic"""
     actor_delay: int = 3
     """critic updates per update of actor and alpha"""
-    # Flow-G, continued from step 100 000 to 110 000 and evaluated every 1 000 or 2 000 steps: the lowest return of the
-    # frozen policy as a share of the training episodes' at that time. Walker2d-v4, two seeds: 0.36 and 0.47 (decay
-    # 0.995), 0.98 and 1.08 (0.999), 0.94 and 1.09 (0.9995), 0.19 and 0.15 (last weights). Hopper-v4, two seeds: 1.25 or
-    # more from 0.995 on.
+    # Flow-G runs continued from step 100 000 to 110 000 and evaluated every 1 000 or 2 000 steps: the frozen policy's
+    # lowest return, as a fraction of the training episodes' return at that time. Walker2d-v4, two seeds: 0.36 and 0.47
+    # (decay 0.995), 0.98 and 1.08 (0.999), 0.94 and 1.09 (0.9995), 0.19 and 0.15 (last weights). Hopper-v4, two seeds:
+    # 1.25 or more with any decay from 0.995 up.
     actor_average: float = 0.999
-    """decay per actor update of the averaged weights, which are evaluated and make policy.pt; they lag by about
-    1 / (1 - decay) updates; 0: the last weights"""
+    """decay per actor update of the averaged weights, which are evaluated and saved as policy.pt; they lag behind by
+    about 1 / (1 - decay) updates; 0: use the last weights"""
     autotune: bool = True
     """learn alpha such that the policy's entropy meets --target-entropy"""
     alpha: float = 0.02
-    """entropy coefficient: its start, or its value with --no-autotune"""
+    """entropy coefficient: its initial value, or its fixed value with --no-autotune"""
     target_entropy: Optional[float] = None
-    """target of the policy's entropy in nats, of all dimensions together, for actions in [-1, 1] whatever the
-    environment's unit; default: what `Actor` computes, mostly -1 per dimension"""
+    """target of the policy's entropy in nats, summed over dimensions, for actions scaled to [-1, 1] whatever the
+    environment's units; default: computed by `Actor`, usually -1 per dimension"""
     crossq: bool = True
-    """CrossQ critic: BatchRenorm and a joint forward, no target networks; --no-crossq is SAC with target networks"""
+    """CrossQ critic: BatchRenorm and a joint forward pass, no target networks; --no-crossq: SAC with target networks"""
     tau: float = 0.005
-    """with --no-crossq: step of the target networks' moving average"""
-    # CrossQ switches after 100 000. On Humanoid-v4 that ruined Flow-G (seen to step 115 000) and the Gaussian, whose
-    # mean return from step 110 000 to 200 000 was 2 967, with falls to 450, against 5 263 without the switch. Flow-G
-    # did not suffer on HalfCheetah-v4 (to 112 500) or Hopper-v4 (to 150 000). One seed each.
+    """with --no-crossq: update rate of the target networks' moving average"""
+    # CrossQ switches to running statistics after 100 000 batches. On Humanoid-v4 that ruined Flow-G (seen up to step
+    # 115 000) and the Gaussian, whose mean return from step 110 000 to 200 000 was 2 967, with drops to 450, against
+    # 5 263 without the switch. Flow-G did not suffer on HalfCheetah-v4 (up to 112 500) or Hopper-v4 (up to 150 000).
+    # One seed each.
     renorm_warmup: Optional[int] = None
-    """training batches after which a BatchRenorm normalises by its running statistics; default: never, it stays plain
-    batch normalisation"""
+    """training batches after which BatchRenorm switches to its running statistics; default: never, so that it stays
+    plain batch normalisation"""
 
     # Gaussian policy
     policy_dim: int = 256
@@ -149,9 +152,9 @@ class Args:
 
 
 class Actor(nn.Module):
-    """Gaussian policy: a = tanh(mean(s) + sigma(s) eps) to the action bounds.
+    """Gaussian policy: a = tanh(mean(s) + sigma(s) eps), scaled to the action bounds.
 
-    Built from sizes alone, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
+    Needs no environment, so that it can be copied elsewhere: `action_low` and `action_high` are sequences of D finite
     bounds, `renorm` is a factory dim -> module that normalises observations.
     """
 
@@ -176,11 +179,11 @@ class Actor(nn.Module):
         self.target_entropy = -self.action_dim
 
     def rollout(self, obs, noise):
-        """Sample actions and their density.
+        """Sample actions and their log density.
 
         obs (B, obs_dim); noise (1, B, D) of unit Gaussians.
         Returns action (B, D) in the environment's units, log_prob (B,), the log density of the action in [-1, 1], and
-        as path the list of the action before tanh, (B, D). Raises ValueError for other shapes.
+        the path, a list of only the action before tanh, (B, D). Raises ValueError for other shapes.
         """
         expected = (1, obs.shape[0], self.action_dim)
         if obs.shape[1:] != (self.obs_dim,) or noise.shape != expected:
@@ -195,16 +198,16 @@ class Actor(nn.Module):
         return torch.tanh(a) * self.scale + self.bias, log_prob.sum(1), [a]
 
     def largest_entropy(self) -> float:
-        """What the entropy cannot exceed: that of the uniform distribution."""
+        """The upper bound of the entropy: that of the uniform distribution."""
         return self.action_dim * math.log(2)
 
     def draw_noise(self, batch: int, deterministic: bool = False):
-        """What a sample of `batch` actions takes: (1, B, D) of unit Gaussians, or zeros for the mean."""
+        """Noise for a sample of `batch` actions: unit Gaussians (1, B, D), or zeros for the mean."""
         draw = torch.zeros if deterministic else torch.randn
         return draw((1, batch, self.action_dim), device=self.scale.device, dtype=self.scale.dtype)
 
     def act(self, obs, deterministic: bool = False):
-        """Actions (B, D) for obs (B, obs_dim), or one, (D,), for one of (obs_dim,), never normalised by the batch.
+        """Actions (B, D) for obs (B, obs_dim), or one action (D,) for one obs (obs_dim,); never uses batch statistics.
 
         Deterministic: tanh of the mean.
         """
@@ -222,12 +225,12 @@ class Actor(nn.Module):
 
 
 class BatchRenorm(nn.Module):
-    """Batch renormalisation (Ioffe, 2017) of (B, dim): batch norm, after `warmup` batches by the running statistics.
+    """Batch renormalisation (Ioffe, 2017) of (B, dim): batch norm, then running statistics after `warmup` batches.
 
     y = ((x - mean) / std * r + d) * weight + bias,  r = std / running_std,  d = (mean - running_mean) / running_std,
     with r and d clipped and without gradient. For the first `warmup` batches r = 1, d = 0: plain batch norm.
-    The running statistics are the mean over all batches so far, up to 1 / (1 - momentum) of them; after that a moving
-    average.
+    The running statistics are the mean over the batches so far for the first 1 / (1 - momentum) of them, then a
+    moving average.
     """
 
     momentum = 0.99
@@ -245,9 +248,9 @@ class BatchRenorm(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
-        # Everything is folded into one scale and one shift per feature, so that after its statistics x is read once.
-        # The stacks put these, and in the backward pass their gradients, into memory: compiled loops over x would
-        # otherwise repeat the roots and divisions at every element.
+        # Everything is folded into one scale and one shift per feature, so that x is read only once more after its
+        # statistics. The stacks force both, and their gradients in the backward pass, into memory: otherwise compiled
+        # loops over x would repeat the roots and divisions for every element.
         if self.training:
             var, mean = torch.stack(torch.var_mean(x, dim=0, correction=0))
             std = torch.sqrt(var + self.eps)
@@ -292,8 +295,8 @@ class Critic(nn.Module):
 def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
     """sum_j mean (Q_j(s, a) - y)^2 / 2,  y = r + gamma (1 - d) (min_j Q_j(s', a') - alpha log_prob').
 
-    `targets` are the target networks, or None for CrossQ: then Q(s, a) and Q(s', a') come from one forward of both
-    halves, so that BatchRenorm sees the mixture of both distributions. Returns the loss and mean Q.
+    `targets` are the target networks, or None for CrossQ: then Q(s, a) and Q(s', a') come from one joint forward pass,
+    so that BatchRenorm sees the mixture of both distributions. Returns the loss and mean Q.
     """
     obs, action, reward, terminated, next_obs = batch
     with torch.no_grad():
@@ -326,7 +329,7 @@ def alpha_loss(log_alpha, log_prob, target_entropy):
 
 
 def record(losses, **values) -> None:
-    """Put values, by their names in LOSSES, where the log finds them."""
+    """Store values in `losses`, at their names' places in LOSSES, to be logged."""
     for name, value in values.items():
         losses[LOSSES.index(name)].copy_(value)
 
@@ -335,8 +338,8 @@ def with_gradients(loss_function, network):
     """`loss_function` with its gradients in the same graph: function(*inputs) -> loss, *rest, gradients.
 
     `rest` is every other scalar that the loss function returns, and `gradients` are those of the loss with respect to
-    the parameters of `network`, in their order. As one function both passes compile to one graph, and nothing else is
-    computed: an actor update leaves out the gradients of the critics' parameters.
+    the parameters of `network`, in their order. In one function, both passes compile to one graph, and nothing else is
+    computed: an actor update skips the gradients of the critics' parameters.
     """
 
     @wraps(loss_function)
@@ -366,7 +369,7 @@ def average_of(actor):
 
 
 def move_average(average, network, weight: float) -> None:
-    """Move the parameters of `average` towards those of `network`, which enter with `weight`."""
+    """Move the parameters of `average` a fraction `weight` of the way to those of `network`."""
     with torch.no_grad():
         torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
 
@@ -374,7 +377,7 @@ def move_average(average, network, weight: float) -> None:
 def gradient_norms(actor, critics, obs, noise, alpha):
     """Mean over the batch of |dL/dA_i| for i = 0..K, L the actor's loss: the RNN gradient product made visible.
 
-    As the actor's update sees it, normalised by the batch; in copies, so that no running statistics move.
+    As in the actor's update, normalised by the batch; on copies, so that no running statistics move.
     """
     actor = copy.deepcopy(actor).train()
     critics = copy.deepcopy(critics).eval()
@@ -410,9 +413,9 @@ class ReplayBuffer:
         return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
 
     def filled(self) -> torch.Tensor:
-        """The rows in use, as a tensor of their own: torch.save would write all that a view refers to.
+        """The rows in use, as a tensor of their own: torch.save of a view would write the whole buffer.
 
-        On the CPU, since copies that grow would stay in the memory that a GPU's allocator reserves.
+        On the CPU, since a GPU's allocator would keep the memory of ever larger copies reserved.
         """
         if len(self) == len(self.rows):
             return self.rows.cpu()
@@ -464,7 +467,7 @@ def main() -> None:
     critic_gradients = jit(with_gradients(critic_loss, critics))
     actor_gradients = jit(with_gradients(actor_loss, actor))
 
-    @graph  # takes and returns nothing: all is in tensors that stay
+    @graph  # takes and returns nothing: everything is in persistent tensors
     def update_critic() -> None:
         batch = buffer.sample(args.batch_size)
         noise = actor.draw_noise(args.batch_size)
@@ -480,7 +483,7 @@ def main() -> None:
         obs, *_ = buffer.sample(args.batch_size)
         noise = actor.draw_noise(args.batch_size)
         alpha = log_alpha.detach().exp()
-        actor.norm.train()  # everywhere but in its own update it normalises by running statistics
+        actor.norm.train()  # outside its own update it normalises by running statistics
         critics.eval()
         loss, log_prob, gradients = actor_gradients(actor, critics, obs, noise, alpha)
         actor.norm.eval()
@@ -555,7 +558,7 @@ def main() -> None:
 
 
 class Failure(SystemExit):
-    """Raised by `fail` alone."""
+    """Raised only by `fail`."""
 
 
 def fail(message: str) -> NoReturn:
@@ -571,13 +574,13 @@ def note(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, in a line."""
+    """What went wrong, as one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def explained(what: str):
-    """Turn an exception within it into one line, `what` and the reason."""
+    """Turn any exception inside it into a one-line error: `what` and the reason."""
     try:
         yield
     except Failure:
@@ -592,9 +595,9 @@ def flag(name: str) -> str:
 
 
 def read_flags(kind: type, description: str, **options):
-    """tyro.cli, described by a docstring's first line and commands; an error becomes one line.
+    """tyro.cli, described by the first line and the commands of a docstring; an error becomes one line.
 
-    --help has the headings of the source, `# Soft actor-critic`, which a flat class cannot tell tyro.
+    --help gets the source's headings, such as `# Soft actor-critic`, which tyro does not see in a flat class.
     """
     said = io.StringIO()
     shown = "\n".join(re.findall(r"\A.*|^    .*", description, re.M))
@@ -683,7 +686,7 @@ def make_actor(args: Args, obs_dim: int, action_low, action_high) -> Actor:
 
 
 def make_networks(args: Args, env: gym.Env, device: torch.device):
-    """What the flags and the environment ask for; stops the program if it does not fit together, or into memory.
+    """Networks and buffer for the flags and environment; stops the program if they do not fit together, or into memory.
 
     Returns the actor, its average, two critics, their target networks (None with CrossQ) and an empty buffer.
     """
@@ -737,12 +740,12 @@ def thread_failed(failure) -> None:
 
 
 class Run:
-    """A run's folder and what is written there; its progress bar; and Ctrl-C.
+    """A run's folder and what is written to it; its progress bar; and the handling of Ctrl-C.
 
-    Made after the networks, so that a wrong flag leaves no folder behind. As a context it counts time, and takes the
-    first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception of the
-    environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use the folder
-    at the same time.
+    Created after the networks, so that a wrong flag leaves no folder behind. As a context manager it keeps time, and
+    takes the first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception
+    from the environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use
+    the folder at the same time.
     """
 
     def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
@@ -754,7 +757,7 @@ class Run:
         self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
-        self.history = []  # of (step, losses) since they were last looked at
+        self.history = []  # (step, losses) of each update since the losses were last checked
         if args.track:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
@@ -767,7 +770,7 @@ class Run:
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
             lock(self.lock)
             if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
-                fail(f"{self.folder} was continued by another process in the meantime: give the command again")
+                fail(f"{self.folder} was continued by another process in the meantime: run the command again")
             flags = json.dumps(asdict(args), indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -818,7 +821,7 @@ class Run:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time spent within it is not counted."""
+        """Do not count the time spent inside."""
         began = time.monotonic()
         yield
         self.clock += time.monotonic() - began
@@ -830,14 +833,14 @@ class Run:
         return f"the checkpoint of step {self.saved_step} is kept: --resume {self.folder}"
 
     def check_finite(self, **values) -> None:
-        """Stop the program if a value, by its name, is not finite; a loss that was not is named in its place."""
+        """Stop the program if a value is not finite, and name it; if a loss was not finite, name that instead."""
         for name, value in values.items():
             if not np.isfinite(value).all():
                 self.mean_losses()
                 fail(f"step {self.progress.step}: {name} is NaN or infinite; {self.kept()}")
 
     def mean_losses(self) -> dict[str, float]:
-        """Means of the losses since the last call, after a check of each: the only host-device sync for losses."""
+        """Means of the losses since the last call, each checked to be finite: the only host-device sync for losses."""
         if not self.history:
             return {}
         steps, rows = zip(*self.history, strict=True)
@@ -848,7 +851,7 @@ class Run:
         return dict(zip(LOSSES, rows.mean(0).tolist(), strict=True))
 
     def log_update(self, losses: torch.Tensor) -> None:
-        """Note an update and its losses; every 100 updates the means since then, or since a checkpoint, are written."""
+        """Record an update and its losses; every 100 updates, write the means since the last write or checkpoint."""
         self.progress.updates += 1
         self.history.append((self.progress.step, losses.clone()))
         if self.progress.updates % 100 == 0:
@@ -858,7 +861,7 @@ class Run:
             self.say_how_it_goes(means["alpha"])
 
     def say_how_it_goes(self, alpha: float) -> None:
-        """Return of the last ten episodes and alpha, in the bar; a log file has it as a line every 1 000 updates."""
+        """Show the last ten episodes' mean return and alpha in the bar; a log file gets a line every 1 000 updates."""
         episodes = self.progress.rows["returns.csv"][1:]
         recent = [row[1] for row in episodes[-10:]]
         shown = f"return {np.mean(recent):.4g}, " if recent else ""
@@ -867,18 +870,18 @@ class Run:
             print(self.bar, file=sys.stderr, flush=True)
 
     def count_step(self) -> None:
-        """Note a step."""
+        """Count a step."""
         self.progress.step += 1
         self.bar.update()
 
     def end_episode(self, info: dict) -> None:
-        """Note the end of an episode; `info` is that of its last step."""
+        """Record the end of an episode; `info` is that of its last step."""
         episode = info[EPISODE]
         self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.write_row("returns.csv", float(episode["r"]), episode["l"])
 
     def report(self, kind: str, scores: dict[str, float]) -> bool:
-        """Note an evaluation; whether it is the best so far."""
+        """Record an evaluation; returns whether it is the best so far."""
         prefix = "eval/" if kind == "deterministic" else f"eval/{kind}_"
         self.write_scalars({prefix + name: value for name, value in scores.items()})
         shown = [f"{value:.5g}" for value in scores.values()]
@@ -895,7 +898,7 @@ class Run:
             self.writer.add_scalar(name, value, self.progress.step)
 
     def write_row(self, name: str, *values) -> None:
-        """Write a row of a CSV file, between the step and the seconds."""
+        """Append a row to a CSV file: the step, the values and the seconds."""
         row = [self.progress.step, *values, round(self.seconds(), 2)]
         self.progress.rows[name].append(row)
         with open(self.folder / name, "a", newline="") as file:
@@ -906,7 +909,7 @@ class Run:
         return bool(self.interrupted) or self.progress.step - self.saved_step >= self.args.save_every
 
     def save(self, state: dict, policy: Actor) -> None:
-        """Write `state` and the run's own to checkpoint.pt, and policy.pt, if all weights are finite."""
+        """If all weights are finite, write policy.pt and, with `state` and the run's progress, checkpoint.pt."""
         self.mean_losses()
         for network in ("actor", "critics"):
             for name, value in state[network].items():
@@ -917,15 +920,15 @@ class Run:
         self.saved_step = self.progress.step
 
     def save_policy(self, name: str, actor: Actor) -> None:
-        """Write an actor and what builds it, as `load_policy` reads it."""
+        """Write an actor with what is needed to rebuild it, in the form that `load_policy` reads."""
         self.save_as(name, step=self.progress.step, obs_dim=actor.obs_dim, actor=actor.state_dict())
 
     def save_as(self, name: str, **state) -> None:
-        """Write `state` and what wrote it, as `load` reads it."""
+        """Write `state` with the script's name and flags, in the form that `load` reads."""
         write(self.folder / name, {"script": SCRIPT, "args": asdict(self.args), **state})
 
     def say_where(self) -> None:
-        """Say where the run is, and how to resume one that was stopped, which has an exit code of its own."""
+        """Say where the run is saved or, if it was stopped, how to resume it; a stopped run has its own exit code."""
         if self.progress.step < self.total:
             print(f"stopped at step {self.progress.step}; resume with: python {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + self.interrupted)
@@ -933,7 +936,7 @@ class Run:
 
 
 def write(path: Path, state: dict) -> None:
-    """Write `state` so that `path` is always a complete file, the old or the new. Raises OSError if it cannot."""
+    """Write `state` so that `path` is always a complete file, old or new. Raises OSError if it cannot be written."""
     temporary = path.with_suffix(".pt.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -943,13 +946,13 @@ def write(path: Path, state: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        # torch.save may fail once more while it closes the file of a full disk.
+        # On a full disk, torch.save may fail a second time as it closes the file.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write {path} ({reason})") from error
 
 
 def load(path: Path, key: str) -> dict:
-    """Read a file of a run that has `key`; stops the program if it is missing, damaged or written by another script."""
+    """Read a run's file, which must have `key`; stops the program if it is missing, damaged or another script's."""
     if not path.is_file():
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
@@ -963,7 +966,7 @@ def load(path: Path, key: str) -> dict:
     if written_by != SCRIPT:
         fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
     if key not in state:
-        fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file of it")
+        fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file in it")
     if differing := flags ^ set(vars(Args())):
         old = ", ".join(sorted(differing & flags)) or "none"
         new = ", ".join(sorted(differing - flags)) or "none"
@@ -1047,7 +1050,7 @@ def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
 
 @contextlib.contextmanager
 def fork_random(seed: int, device: torch.device, env: gym.Env):
-    """Within it the random generators start from `seed`; after it they are where they were before."""
+    """Inside, the random generators start from `seed`; afterwards they are back where they were."""
     states = random_states(device, env)
     seed_random(seed % 2**32)
     yield
@@ -1055,7 +1058,7 @@ def fork_random(seed: int, device: torch.device, env: gym.Env):
 
 
 def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
-    """All that decides how a run continues from an episode's end, if the environment keeps only its generator."""
+    """All that decides how a run continues from an episode's end, if the environment's only state is its generator."""
     return {
         **{name: part.state_dict() for name, part in learned.items()},
         **{name: tensor.detach() for name, tensor in tensors.items()},
@@ -1094,7 +1097,7 @@ def lock(file) -> None:
 def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: Optional[str] = None) -> gym.Env:
     """gym.make with one-line errors for environments that do not exist or that this script cannot control.
 
-    `render_mode` is rgb_array, for videos, or human, for a window if there is a display. Episodes are counted.
+    `render_mode` is rgb_array, for videos, or human, for a window if there is a display. Returns are recorded.
     """
     warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the paper reports
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
@@ -1122,7 +1125,7 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
     if not (action.low.size and action.is_bounded() and (action.low < action.high).all()):
         fail(f"--env-id {env_id}: every action needs finite bounds, low < high, not {action}; wrap the environment")
     if env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms"):
-        fail(f"--env-id {env_id}: what NormalizeObservation or NormalizeReward saw is not saved; leave it out")
+        fail(f"--env-id {env_id}: what NormalizeObservation or NormalizeReward saw is not saved; drop the wrapper")
     if render_mode == "rgb_array":
         with explained("--capture-video needs moviepy (pip install -r benchmark/requirements.txt) and EGL"):
             import moviepy  # noqa: F401
@@ -1136,7 +1139,7 @@ def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: 
 
 
 def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym.Env:
-    """Write episodes to MP4 files in `folder`/videos: those that `episodes` names, else gymnasium's choice."""
+    """Write episodes to MP4 files in `folder`/videos: those that `episodes` selects, by default gymnasium's choice."""
     with explained(f"--capture-video: cannot write to {folder / 'videos'}"):
         return gym.wrappers.RecordVideo(env, str(folder / "videos"), episodes, name_prefix=prefix, disable_logger=True)
 
@@ -1147,13 +1150,13 @@ def to_obs(obs) -> np.ndarray:
 
 
 def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """(D,) in the space's shape and type, clipped: rounding may leave the bounds by a unit in the last place."""
+    """Action (D,) in the space's shape and type, clipped: rounding may cross the bounds by a unit in the last place."""
     action = np.clip(action.reshape(space.shape), space.low, space.high)
     return action.astype(space.dtype)
 
 
 def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
-    """Play episodes from starts that `seed` decides; `act` maps obs (obs_dim,) to an action (D,), both numpy.
+    """Play episodes from starts determined by `seed`; `act` maps obs (obs_dim,) to an action (D,), both numpy.
 
     Returns their mean return with its standard error, and their mean length.
     """
@@ -1173,7 +1176,7 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
 
 
 def describe(scores: dict[str, float]) -> str:
-    """An evaluation in a line."""
+    """An evaluation as one line."""
     return f"return {scores['return']:.1f} +- {scores['return_error']:.1f}, length {scores['length']:.0f}"
 
 
@@ -1208,25 +1211,25 @@ def find_compiler(device: torch.device):
 
     def jit(function):
         options = {
-            # Each function always meets the same shapes and modes: checking that would cost 0.2 ms a call.
+            # Each function is always called with the same shapes and modes: checking that would cost 0.2 ms a call.
             "guard_filter_fn": lambda guards: [False] * len(guards),
-            # Products of one row (the policy's) are compiled as sums: a library call costs more.
+            # Matrix products of a single row (the policy's) are compiled as sums: a library call costs more.
             "post_grad_fusion_options": {"decompose_mm_pass": {}},
         }
-        # Guards are off, so closures of one text would share the first one's graph: each gets its own code object.
+        # With guards off, closures of the same source would share the first one's graph: each gets its own code object.
         function.__code__ = function.__code__.replace()
         return torch.compile(function, dynamic=False, options=options)
 
     try:
         for library in Path(cache_dir()).rglob("*.so"):
-            with contextlib.suppress(OSError):  # another process may be as quick
+            with contextlib.suppress(OSError):  # another process may remove it first
                 status = library.stat()
                 if status.st_size == 0 and time.time() - status.st_mtime > 10:  # of a compilation that was killed
                     library.unlink()  # else every later run would fail on it
         torch.compiler.reset()  # guards are off, so graphs of an earlier run in this process would be reused
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-        print("the first update compiles the losses, for a minute or two", file=sys.stderr)
-        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would end before the gradients
+        print("the first update compiles the losses, which takes a minute or two", file=sys.stderr)
+        torch._dynamo.config.trace_autograd_ops = True  # else its graphs would break at the gradients
         return jit
     except Exception as error:
         note(f"torch.compile does not work here ({first_line(error)}); continuing without it, slower")
@@ -1236,10 +1239,10 @@ def find_compiler(device: torch.device):
 def matmul_precision(device: torch.device) -> str:
     """The precision to ask for in the updates: "medium" if it rounds nothing here, else "highest".
 
-    On a CPU "medium" hands float32 products to oneDNN. With AMX units it rounds their factors to bfloat16; without, it
-    computes in float32 all the same, and on AMD processors twice as fast as MKL, which is what "highest" uses.
+    On a CPU, "medium" hands float32 products to oneDNN. With AMX units, oneDNN rounds their factors to bfloat16;
+    without them, it still computes in float32, on AMD processors twice as fast as MKL, which "highest" uses.
     """
-    x = torch.arange(2**16, device=device).sin().abs().view(256, 256)  # no random numbers, which the run counts on
+    x = torch.arange(2**16, device=device).sin().abs().view(256, 256)  # no random draws: they would change the run
     torch.set_float32_matmul_precision("medium")
     medium = x @ x
     torch.set_float32_matmul_precision("highest")
@@ -1247,10 +1250,10 @@ def matmul_precision(device: torch.device) -> str:
 
 
 class CudaGraph:
-    """`function()` as one CUDA graph: its launch costs the host one call in place of one for every kernel.
+    """`function()` as one CUDA graph: a launch costs the host one call instead of one for every kernel.
 
     The function takes nothing and returns nothing: it works on tensors that live as long as it does, and draws from
-    the device's generator. The first three calls are plain, so that compilation, optimizers and libraries are set up.
+    the device's generator. The first three calls run it directly, which sets up compilation, optimizers and libraries.
     """
 
     def __init__(self, function):
@@ -1277,6 +1280,6 @@ class CudaGraph:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # a run has its own way to stop
+    except KeyboardInterrupt:  # not during a run, which handles it itself
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -5,13 +5,13 @@
     python benchmark/demonstrations/collect.py --env-id mujoco/hopper/sac-flow-v0 --policy runs/<name>
 
 OGBench (cube, scene and puzzle; `X-play-v0`): X.npz and X-val.npz, regenerated with the oracles that the ogbench
-package ships, after the published protocol: the same code, other random draws. robosuite (lift, can, square): the
-layout of robomimic's low_dim_v15.hdf5, but demonstrations of the short scripts below, not of humans: shorter and less
+package ships, by the published protocol: the same code, other random draws. robosuite (lift, can, square): the layout
+of robomimic's low_dim_v15.hdf5, but with demonstrations by the short scripts below, not by humans: shorter and less
 diverse, so that results on them are not comparable with published numbers. Minari: a policy trained by sac_flow_g.py
 or sac_flow_t.py, playing stochastically.
 
 Episode i depends on --seed and i alone: the number of workers changes nothing, and a repeated call gives the same
-bytes. Finished episodes wait in <out>.parts/; after an interruption the same command goes on from there.
+bytes. Finished episodes wait in <out>.parts/; after an interruption the same command continues from there.
 Needs: pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt
 """
 
@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "measurements")]
 from sac_flow_offline2online import ROBOSUITE, play_set, read_flags  # noqa: E402
 
-# The environments of robomimic's v1.5 data sets, as public quotations of their env_args give them
+# The environment arguments of robomimic's v1.5 data sets, according to public quotations of their env_args
 ENV_KWARGS = dict(
     robots=["Panda"], control_freq=20, lite_physics=False, reward_shaping=False, ignore_done=True, has_renderer=False,
     use_camera_obs=False, has_offscreen_renderer=False, use_object_obs=True,
@@ -84,7 +84,7 @@ class Args:
     seed: int = 1
     """seed of the data set"""
     noise: Optional[float] = None
-    """standard deviation of the expert's noise, 1 being the largest action; default 0.1, square 0.05, --policy 0"""
+    """standard deviation of the expert's noise, 1 being the largest action; default: 0.1 (square 0.05, --policy 0)"""
     rows: int = 1001
     """rows per episode of OGBench play data; 1001 as published"""
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -106,12 +106,12 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="gymnasium|minari")
 
 
-# robosuite: scripted experts. An expert is a generator: it is sent observations and yields actions (7,), the six
-# position and rotation deltas of the controller and the gripper, each in [-1, 1].
+# robosuite: scripted experts. An expert is a generator: it is sent observations and yields actions (7,), the
+# controller's six position and rotation deltas and then the gripper, each in [-1, 1].
 
 OPEN = -1.0
 CLOSE = 1.0
-NOISY = np.array([1, 1, 1, 1, 1, 1, 0])  # not the gripper: clipped at its bound, half of its noise would say nothing
+NOISY = np.array([1, 1, 1, 1, 1, 1, 0])  # not the gripper: clipped at its bound, half of its noise would be lost
 
 
 def heading(quat) -> float:
@@ -126,7 +126,7 @@ def wrapped(angle: float, period: float) -> float:
 
 
 def aligned(name: str, period: float) -> Callable:
-    """turn(obs), the rad by which to turn the gripper until its x axis is the object's, up to multiples of `period`."""
+    """turn(obs), the angle in rad that turns the gripper's x axis to the object's, up to multiples of `period`."""
     return lambda obs: wrapped(heading(obs[f"{name}_quat"]) - heading(obs["robot0_eef_quat"]), period)
 
 
@@ -152,7 +152,7 @@ def go(obs: dict, target: Callable, turn: Callable, grip: float, within: float):
 
 
 def pick(obs: dict, grasp: Callable, turn: Callable):
-    """Come down on grasp(obs) (3,), the lower the better centred, and close the gripper; returns the last obs."""
+    """Descend on grasp(obs) (3,) as the gripper becomes centred, and close it; returns the last obs."""
 
     def funnel(obs):
         aside = np.linalg.norm((grasp(obs) - obs["robot0_eef_pos"])[:2]) + 0.1 * abs(turn(obs))
@@ -165,14 +165,14 @@ def pick(obs: dict, grasp: Callable, turn: Callable):
 
 
 def lift(obs: dict, env):
-    """Expert of Lift: grasp the cube by two of its faces, then up."""
+    """Expert for Lift: grasp the cube by two of its faces and lift it."""
     obs = yield from pick(obs, lambda obs: obs["cube_pos"], aligned("cube", math.pi / 2))
     while True:
         obs = yield steer(obs, obs["robot0_eef_pos"] + (0, 0, 0.05), 0, CLOSE)
 
 
 def can(obs: dict, env):
-    """Expert of PickPlaceCan: carry the can over its bin, put it down, let go and leave."""
+    """Expert for PickPlaceCan: carry the can over its bin, put it down, let go and leave."""
     place = env.target_bin_placements[env.object_id] - (0.04, 0.05, 0)  # its middle is at the limit of the arm's reach
     straight = lambda obs: -heading(obs["robot0_eef_quat"])  # noqa: E731
     obs = yield from pick(obs, lambda obs: obs["Can_pos"], straight)
@@ -186,7 +186,7 @@ def can(obs: dict, env):
 
 
 def square(obs: dict, env):
-    """Expert of NutAssemblySquare: take the nut by its handle, square it with the peg and lower it."""
+    """Expert for NutAssemblySquare: take the nut by its handle, square it with the peg and lower it."""
     peg = env.sim.data.body_xpos[env.peg1_body_id].copy()
 
     def handle(obs):
@@ -348,7 +348,7 @@ def ogbench_player(args: Args) -> Callable:
                 oracle = oracles[target[1]["privileged/target_task"]]
                 oracle.reset(*target)
         episode = {key: np.array(value, types.get(key, np.int64)) for key, value in rows.items()}
-        if name == "scene":  # as published, without episodes in which the cube gets out of view but in the drawer
+        if name == "scene":  # as published, drop episodes in which the cube leaves the view, except into the drawer
             _, y, z = episode["qpos"][:, 14:17].T
             in_drawer = (z >= 0.06) & (z <= 0.08)
             unseen = (y >= 0.29) | ((y <= -0.3) & ~in_drawer)
@@ -433,7 +433,7 @@ def write_minari(args: Args, parts: list[Path], out: Path) -> int:
     return dataset.total_steps
 
 
-# What all have in common: episodes in parts, and parts in a file.
+# Common to all: episodes become parts, and parts become a file.
 
 
 class Kind(NamedTuple):
@@ -488,7 +488,7 @@ def parse_args() -> Args:
 
 
 def settings_of(args: Args) -> dict:
-    """All that decides the episodes, package versions included; stops the program if a package is missing."""
+    """All that determines the episodes, including package versions; stops the program if a package is missing."""
     kind = kind_of(args)
     versions = {}
     for package in KINDS[kind].packages:
@@ -532,7 +532,7 @@ def collect(args: Args, parts: Path, i: int) -> int:
 
 
 def follow_parent() -> None:
-    """End this worker when its parent ends, however that comes about."""
+    """End this worker when its parent ends, however that happens."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
@@ -563,7 +563,7 @@ def collect_all(args: Args, parts: Path, missing: list[int], bar) -> None:
 
 
 def keep_settings(parts: Path, settings: dict) -> None:
-    """Make the folder of parts for these settings; stops the program if it is there for others."""
+    """Make the folder of parts for these settings; stops the program if it exists for others."""
     parts.mkdir(parents=True, exist_ok=True)
     known = parts / "settings.json"
     if not known.exists():
@@ -577,7 +577,7 @@ def keep_settings(parts: Path, settings: dict) -> None:
 
 
 def run(args: Args, parts: Path) -> None:
-    """Play what is missing in `parts`, then write the data set and remove them."""
+    """Play what is missing in `parts`, then write the data set and remove `parts`."""
     kind = KINDS[kind_of(args)]
     total = args.episodes
     outs = {args.out: range(total)}
@@ -612,10 +612,10 @@ def main() -> None:
     try:
         run(args, parts)
     except KeyboardInterrupt:
-        print(f"stopped; {parts} keeps the finished episodes: the same command goes on", file=sys.stderr)
+        print(f"stopped; {parts} keeps the finished episodes: run the command again", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenProcessPool:
-        fail(f"a worker was killed (out of memory?); {parts} keeps the finished episodes: the same command goes on")
+        fail(f"a worker was killed (out of memory?); {parts} keeps the finished episodes: run the command again")
     except OSError as error:
         fail(f"cannot write {error.filename or args.out}: {error.strerror or error}")
     except Exception as error:  # a simulator may raise anything

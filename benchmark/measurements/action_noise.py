@@ -3,11 +3,11 @@
 A policy plays 1 000 steps, sampling its actions; in every twentieth state 200 actions are drawn. For each policy:
 
 saturated   share of the actions' coordinates beyond 97 % of their bounds
-deviation   of a coordinate, median over states and coordinates, in units of half its range
-start       mean deviation where A_0 alone differs from sample to sample: what the rollout has not forgotten
-early       mean deviation where all noise but the last step's differs
+deviation   standard deviation of a coordinate, median over states and coordinates, in units of half its range
+start       mean deviation if only A_0 differs from sample to sample: what the rollout has not forgotten
+early       mean deviation if all noise but the last step's differs
 sigma       mean over states and coordinates
-entropy     mean of -log_prob, whichever entropy the policy counts, in nats
+entropy     mean of -log_prob, for whichever entropy the policy regularises, in nats
 
     python benchmark/measurements/action_noise.py --policies benchmark/policies/*.pt --out noise
 
@@ -35,7 +35,7 @@ class Args:
 
 
 def states_of(actor, env, seed: int = 1) -> torch.Tensor:
-    """Every twentieth of the states that sampled actions lead through: (STATES, obs_dim)."""
+    """Every twentieth of the states that sampled actions visit: (STATES, obs_dim)."""
     torch.manual_seed(seed)
     states = []
     obs, _ = env.reset(seed=seed)
@@ -59,7 +59,7 @@ def measure(actor, states) -> dict[str, float]:
         return step(i, a, v, sigma)
 
     def actions(varying: slice):
-        """(B, SAMPLES, D) in units of half the range, and log_prob; in a state only `varying` noise differs."""
+        """(B, SAMPLES, D) in units of half the range, and log_prob; within a state, only `varying` noise differs."""
         noise = actor.draw_noise(len(obs)).unflatten(1, (len(states), SAMPLES))
         fixed = noise[:, :, :1].expand_as(noise).clone()
         fixed[varying] = noise[varying]
@@ -73,7 +73,7 @@ def measure(actor, states) -> dict[str, float]:
         action, log_prob = actions(slice(None))
         start, _ = actions(slice(0, 1))
         early, _ = actions(slice(0, -1))
-    del actor.step  # the method again
+    del actor.step  # restores the method
     return dict(
         saturated=(action.abs() > 0.97).float().mean().item(),
         deviation=action.std(1).median().item(),

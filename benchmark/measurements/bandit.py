@@ -1,9 +1,9 @@
 """Does a flow's expressiveness survive SAC with the path's entropy? A bandit with two equal modes, and two others.
 
-One observation, one action in [-1, 1], and the reward is known: in place of learned critics SAC's actor loss gets it as
-Q, so that nothing but the policy is measured. Plain, gated (Flow-G) and decoded (Flow-T) velocities and the Gaussian
-are trained by the scripts' own `actor_loss` and optimizer, with alpha fixed and a quarter of their widths; Flow-T as
-PyTorch starts it, not contractive as its script does.
+One observation, one action in [-1, 1], and a known reward, which SAC's actor loss gets as Q in place of learned
+critics, so that nothing but the policy is measured. Plain, gated (Flow-G) and decoded (Flow-T) velocities and the
+Gaussian are trained with the scripts' own `actor_loss` and optimizer, a fixed alpha and a quarter of their widths.
+Flow-T starts from PyTorch's initialisation, not from its script's contractive one.
 
     python benchmark/measurements/bandit.py --out benchmark/results/bandit
 
@@ -16,7 +16,7 @@ Writes <out>/<reward>.csv, a row for each policy at the end of its training:
   right         share of actions above 0
   reward        mean reward
   entropy       of the action, in nats, by a histogram; `optimum` is that of the density exp(reward / alpha)
-  kl            of the histogram from that density, in nats; 0 is SAC's optimum, were the entropy the action's
+  kl            of the histogram from that density, in nats; if the entropy were the action's, 0 would be SAC's optimum
   path_entropy  mean -log p_c, what the loss sees
   sigma         the learned one
   growth        |dL/dA_0| / |dL/dA_K|, means over the batch; `largest_growth`: the largest during training
@@ -39,7 +39,8 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark" / "controls")]
 SCRIPTS = {"plain": "sac_flow_naive", "gated": "sac_flow_g", "decoded": "sac_flow_t", "gaussian": "sac_gaussian"}
-# A toy needs less than the scripts' defaults: a quarter of the widths, so that plain still has gated's parameters.
+# A toy needs less than the scripts' defaults: a quarter of the widths, so that plain still has as many parameters as
+# gated.
 SIZES = {
     "plain": dict(dim=128, sigma_dim=64, encoder_dim=0),  # there is nothing to observe
     "gated": dict(dim=64, sigma_dim=64, encoder_dim=0),
@@ -66,9 +67,9 @@ class Args:
     alphas: list[float] = field(default_factory=lambda: [0.005, 0.02, 0.05, 0.1])
     """entropy coefficients, held fixed"""
     seeds: int = 5
-    """policies per point, of the seeds 1, 2, ..."""
+    """policies per point, with seeds 1, 2, ..."""
     updates: int = 1500
-    """actor updates of each"""
+    """actor updates per policy"""
     batch_size: int = 128
     """actions per update"""
 
@@ -96,7 +97,7 @@ class Reward(nn.Module):
 
 
 def clip_backward(path) -> None:
-    """Have the coming backward pass hold |dL/dA_i| <= |dL/dA_{i+1}| for each action. `path`: A_0 to A_K, (B, D) each.
+    """Make the next backward pass keep |dL/dA_i| <= |dL/dA_{i+1}| for each action. `path`: A_0 to A_K, (B, D) each.
 
     The forward pass and the loss stay as they are. The velocity's parameters get their gradient through the clipped
     ones.
@@ -153,15 +154,15 @@ def train(policy: str, reward: Reward, k: int, alphas, seeds, updates: int, batc
     list of N `Loss` with the weights before the update.
     """
     models = [Loss(policy, reward, k, seed) for seed in seeds]
-    parameters, buffers = torch.func.stack_module_state(models)  # one tensor for all models' weights of a name
+    parameters, buffers = torch.func.stack_module_state(models)  # one tensor per name, for all models
     alphas = torch.tensor(alphas)
     call = partial(torch.func.functional_call, models[0])
     args = models[0].script.Args()
-    # Adam works on each number of its own, so that one optimizer is N.
+    # Adam treats each number separately, so that one optimizer acts as N.
     optimizer = torch.optim.Adam(parameters.values(), lr=args.actor_lr, betas=(args.adam_b1, 0.999), fused=True)
     for update in range(updates + 1):
         noise = torch.stack([models[0].actor.draw_noise(batch_size) for _ in models])
-        if policy == "clipped":  # vmap knows no hooks
+        if policy == "clipped":  # vmap does not support hooks
             losses = torch.stack(
                 [
                     call(({name: value[j] for name, value in (parameters | buffers).items()},), (noise[j], alphas[j]))
@@ -197,7 +198,7 @@ def describe(actor, reward: Reward, alpha: float, samples: int = 20_000) -> dict
             log_sigma = -1.5 + 3.5 * torch.tanh(actor.net(obs[:1])[:, 1:])
         share = torch.histc(action, BINS, -1, 1) / samples
         optimum = soft_optimum(reward, alpha)
-    width = math.log(2 / BINS)  # discrete entropies plus this are those of densities
+    width = math.log(2 / BINS)  # added to a discrete entropy, it gives the density's
     return dict(
         right=(action > 0).float().mean().item(),
         reward=reward(obs, action).mean().item(),

@@ -8,7 +8,7 @@ starts as its script's does: Flow-G with an open gate, Flow-T contractive.
 
     python benchmark/measurements/frozen_critic.py --run runs/<name> --out benchmark/results/gradients
 
-Writes <out>/frozen_critic.csv and a figure: means over seeds, bands of the range.
+Writes <out>/frozen_critic.csv and a figure: means over seeds, bands show their range.
 """
 
 import importlib
@@ -36,13 +36,13 @@ class Args:
     flow_steps: list[int] = field(default_factory=lambda: [4, 16])
     """K"""
     weight_scales: list[float] = field(default_factory=lambda: [1.0, 5.0])
-    """factors of the velocity's weight matrices at the start"""
+    """factors by which the velocity's weight matrices are scaled at the start"""
     score_steps: list[Literal["exponential", "euler", "none"]] = field(default_factory=lambda: ["exponential", "none"])
     """with and without the score, which contracts the rollout"""
     seeds: int = 3
     """actors per point"""
     updates: int = 500
-    """actor updates of each"""
+    """updates per actor"""
     batch_size: int = 256
     """observations per update"""
 
@@ -54,7 +54,7 @@ def train(script, old_actor, critics, all_obs, alpha, k, scale, score_step, seed
     high = old_actor.bias + old_actor.scale
     sizes = dict(flow_steps=k, score_step=score_step, entropy=old_actor.entropy, renorm=script.BatchRenorm)
     actor = script.Actor(all_obs.shape[1], low, high, **sizes)
-    torch.manual_seed(seed)  # velocities draw differently: the rest of the actor and all batches are to be the same
+    torch.manual_seed(seed)  # velocities draw differently, but the rest of the actor and all batches must be the same
     for layer in actor.sigma_net[::2]:
         layer.reset_parameters()
     with torch.no_grad():
@@ -77,9 +77,9 @@ def train(script, old_actor, critics, all_obs, alpha, k, scale, score_step, seed
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """A column of panels per setting: a line per velocity against the update, mean over seeds, band of the range.
+    """A column of panels per setting: against the update, each velocity's mean over seeds and, as a band, their range.
 
-    The loss is shown above the lowest of the velocities on the same batch, whose noise is so taken out.
+    The loss is shown relative to the lowest of the velocities' on the same batch, which removes the batch's noise.
     """
     plt = pyplot()
     setting_of = itemgetter("K", "weight_scale", "score_step")

@@ -1,16 +1,16 @@
-"""Does a flow rollout's gradient explode, and do gates and decoders cure it? What is measured, either way.
+"""Does a flow rollout's gradient explode, and do gates and decoders cure it? Measurements, whatever they show.
 
 For every velocity (plain, Flow-G, Flow-T) and rollout length K: the norm of dL/dA_i at each step of the rollout, and
 the largest singular values of the noise-free steps' Jacobians I + dt dv/dA_i and of their product, the linear map that
-carries the gradient from A_K back to A_0 where there is no score. At initialisation, Flow-T's as PyTorch has it and not
-the script's, L = u . A_K with a random unit vector u, without the encoder; `--weight-scales` multiplies the velocity's
+carries the gradient from A_K back to A_0 where there is no score. At initialisation (for Flow-T PyTorch's, not the
+script's), L = u . A_K with a random unit vector u, and there is no encoder; `--weight-scales` multiplies the velocity's
 weight matrices, as training may do. With `--runs`, also: the norms that training logged, and the Jacobians at each
-run's checkpoint, on observations of its replay buffer.
+run's checkpoint, on observations from its replay buffer.
 
     python benchmark/measurements/gradient_norms.py --out benchmark/results/gradients
     python benchmark/measurements/gradient_norms.py --runs runs/Hopper-v4__* --out benchmark/results/gradients
 
-Writes <out>/init.csv, training.csv, checkpoints.csv and a figure of each: means over seeds, bands of the range.
+Writes <out>/init.csv, training.csv, checkpoints.csv and a figure of each: means over seeds, bands show their range.
 """
 
 import copy
@@ -51,7 +51,7 @@ class Args:
     flow_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     """K at initialisation"""
     weight_scales: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.5])
-    """factors of the velocity's weight matrices at initialisation"""
+    """factors by which the velocity's weight matrices are scaled at initialisation"""
     seeds: int = 10
     """networks per point at initialisation"""
     obs_dim: int = 27
@@ -67,7 +67,7 @@ class Args:
 
 
 def parse_args(kind: type, description: str):
-    """Flags of the command line; stops the program if one asks for nothing, or --out cannot be written to."""
+    """Flags of the command line; stops the program if one makes no sense, or if --out cannot be written to."""
     args = read_flags(kind, description)
     rules = [
         ("flow_steps|seeds|obs_dim|action_dim|updates|batch_size", lambda n: n >= 1, "1 or more"),
@@ -114,16 +114,16 @@ def jacobians(actor, path, obs):
 
 
 def largest_singular_value(matrices) -> float:
-    """Of (B, D, D) or (D, D), the geometric mean over the batch."""
+    """That of (B, D, D) or (D, D), as a geometric mean over the batch."""
     return torch.linalg.matrix_norm(matrices, 2).log().mean().exp().item()
 
 
 def measure(actor, obs, loss) -> list[dict]:
     """One row for every step i of a rollout from `obs`, means over the batch (geometric for singular values).
 
-    grad_norm |dL/dA_i|, `loss(noise)` the sum of the observations' L and the rollout's path; sigma, the largest
-    singular value of I + dt dv/dA_i; product, that of the product from step i to K. At i = K there is no step: both
-    are 1.
+    grad_norm is |dL/dA_i|, where `loss(noise)` returns the sum of the observations' L and the rollout's path; sigma is
+    the largest singular value of I + dt dv/dA_i; product is that of the product from step i to K. At i = K there is no
+    step: both are 1.
     """
     total, path = loss(actor.draw_noise(len(obs)).requires_grad_())
     gradient = torch.autograd.grad(total, path)
@@ -190,7 +190,7 @@ def described(run: Path) -> dict:
 
 
 def policy_and_env(run: Path):
-    """The script of a run or policy file, its actor, and the environment as that saw it in evaluations."""
+    """The script of a run or policy file, its actor, and the environment as the actor saw it in evaluations."""
     script = importlib.import_module(policy_state(run)["script"])
     state = script.load(run if run.suffix == ".pt" else run / "policy.pt", "obs_dim")
     env = script.make_env(state["args"]["env_id"], state["args"]["max_episode_steps"])
@@ -228,8 +228,8 @@ def load(run: Path):
 def at_checkpoint(run: Path):
     """Rows of checkpoints.csv: the actor's own loss, and Jacobians, on 256 observations of the run's buffer.
 
-    Once with and once without the score, which is a contraction of its own. As the actor's update does, it normalises
-    by the batch.
+    Once with and once without the score, which is a contraction of its own. As in the actor's update, observations are
+    normalised by the batch.
     """
     actor, critics, state = load(run)
     actor.norm.train()
@@ -238,7 +238,7 @@ def at_checkpoint(run: Path):
     def restore(norm, inputs) -> None:
         norm.load_state_dict(statistics)
 
-    actor.norm.register_forward_pre_hook(restore)  # every forward starts from the same, though each moves them
+    actor.norm.register_forward_pre_hook(restore)  # each forward pass moves them, yet starts from the same
     torch.manual_seed(0)
     obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.obs_dim]
     alpha = state["log_alpha"].exp()
@@ -282,7 +282,7 @@ def growth_by_step(rows: list[dict], keys: list[str], column: str) -> dict:
 
 
 def panel(axis, curves: dict, fixed: tuple, title: str) -> None:
-    """One line per velocity: geometric mean over seeds against the step, in a band from least to largest."""
+    """One line per velocity: geometric mean over seeds against the step, with a band from least to largest."""
     for name in NAMES:
         curve = curves.get((name, *fixed))
         if not curve:
@@ -298,8 +298,8 @@ def panel(axis, curves: dict, fixed: tuple, title: str) -> None:
 
 
 def grid(plt, rows: list[dict], path: Path) -> None:
-    """A column for each environment and K. Training: growth over the rollout against the training step, and at the last
-    norms against the rollout's step. Checkpoints: the latter with the score and without."""
+    """A column for each environment and K. Training: growth over the rollout against the training step, then the last
+    norms against the rollout's step. Checkpoints: norms against the rollout's step, with the score and without."""
     columns = sorted({(row["env_id"], row["K"]) for row in rows})
     size = (3 * len(columns), 6)
     figure, axes = plt.subplots(2, len(columns), figsize=size, sharey="row", squeeze=False)

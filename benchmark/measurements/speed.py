@@ -3,7 +3,7 @@
 Every row is one script, unmodified, training in a process of its own with clocks put into its functions: steps per
 second end to end after compilation, milliseconds per step of its parts, start-up, compilation, peak memory. The limit
 is what the step's matrix products alone would take: their FLOPs, counted by torch while the same script runs eagerly,
-over the rate of a (2 batch, width) x (width, width) product, measured in the same process, as the script asks for it.
+over the rate of a (2 batch, width) x (width, width) product, measured in the same process at the script's precision.
 
     python benchmark/measurements/speed.py --cores 0 --out speed.csv
     python benchmark/measurements/speed.py --cores 0 1 --suite default
@@ -61,7 +61,7 @@ class Args:
     rounds: int = 1
     """repetitions of everything, in turn"""
     extra: str = ""
-    """flags added to every configuration's, in one word: --extra="--no-compile --gamma 0.9" """
+    """flags added to every configuration's, in quotes: --extra="--no-compile --gamma 0.9" """
     seconds: float = 8
     """time measured per run, after compilation"""
     out: Optional[Path] = None
@@ -169,7 +169,7 @@ def run_script(job: dict, flags: list[str], clock: Clock) -> None:
             setattr(script, name, clock.timed(part, getattr(script, name)))
     if not clock.cuda or "--no-compile" in flags:
         setattr(script, step, clock.timed(None, getattr(script, step)))
-    else:  # there a part is a graph: its functions run inside only to be recorded
+    else:  # with graphs, each part is one, whose functions run only to be recorded
 
         class Graph(script.CudaGraph):
             def __init__(self, function):

@@ -1,11 +1,11 @@
-"""Minutes of one core until a run returns a threshold: its steps to there over steps per second timed apart.
+"""Minutes on one core until a run's return reaches a threshold: its steps to there over separately timed steps/s.
 
     python benchmark/parity/time_to_return.py --runs flow-g=runs/a flow-g=runs/b crossq=runs/c \\
         --timed flow-g=runs/short-1 crossq=runs/short-2 flow-g=runs/short-3 crossq=runs/short-4
 
-A run is there at the first training episode at which the mean return of the last 10 is at least the threshold (every
-program has these), or, with --by evaluation, at the first such evaluation of the frozen policy. One that never gets
-there is a lower bound, "> its steps", and enters the median as later than all that did. Runs are folders with
+A run gets there at the first training episode at which the mean return of the last 10 is at least the threshold (every
+program has these) or, with --by evaluation, at the first such evaluation of the frozen policy. One that never gets
+there is a lower bound, "> its steps", and counts in the median as later than all that did. Runs are folders with
 returns.csv, eval.csv and args.json, or, with --env-id, what CleanRL's SAC printed (*.log).
 
 Steps per second come from short runs, made in turn on one quiet core so that a slow spell hits all: from 1 000 steps
@@ -37,7 +37,7 @@ class Args:
     """Flags of the command line."""
 
     runs: list[str]
-    """finished runs as name=folder, or name=printed.log; several of a name are its seeds"""
+    """finished runs as name=folder, or name=printed.log; several with the same name are its seeds"""
     timed: list[str] = field(default_factory=list)
     """short runs as name=folder, timed in turn on one quiet core"""
     speed: list[str] = field(default_factory=list)

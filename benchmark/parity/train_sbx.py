@@ -4,7 +4,7 @@
     python benchmark/parity/train_sbx.py --env-id Hopper-v4
 
 Writes args.json, returns.csv and eval.csv as the scripts do. Evaluations are of averaged weights, as theirs are.
-One thread. What stays different from sac_gaussian.py, as read in sbx 0.28.0:
+One thread. What still differs from sac_gaussian.py, according to the source of sbx 0.28.0:
 
 - The actor has BatchRenorm before each layer; ours normalises its observation alone.
 - Running statistics of BatchRenorm are a moving average from mean 0, variance 1; ours start as the mean of all batches.
@@ -71,7 +71,7 @@ class Args:
     eval_every: int = 10_000
     """steps between evaluations; 0: none, not even at the end"""
     eval_episodes: int = 5
-    """episodes of an evaluation"""
+    """episodes per evaluation"""
     run_name: Optional[str] = None
     """the run's folder is runs/<run-name>; default: <env>__train_sbx__<seed>__<time>"""
     buffer_size: int = 1_000_000
@@ -99,18 +99,18 @@ class Args:
     alpha: float = 0.02
     """start of the entropy coefficient"""
     renorm_warmup: Optional[int] = None
-    """training batches after which a BatchRenorm normalises by its running statistics, sbx's own default 100 000;
+    """training batches after which BatchRenorm switches to its running statistics (sbx's own default: 100 000);
     default: never, as in sac_gaussian.py"""
 
 
 class AveragedCrossQ(CrossQ):
-    """CrossQ with a moving average of the actor's weights, which training does not notice."""
+    """CrossQ with a moving average of the actor's weights, which does not affect training."""
 
     average = None  # before the first update
     decay = 0.0
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
-        """One update, as CrossQ's; the average moves when the actor did."""
+        """One update as in CrossQ; the average moves whenever the actor does."""
         if self.average is None:
             self.average = self.policy.actor_state.params
         actor_moves = (self._n_updates + 1) % self.policy_delay == 0
@@ -164,7 +164,7 @@ class Recorder(BaseCallback):
         return True
 
     def evaluate(self, kind: str) -> None:
-        """Play the averaged actor from starts that the seed decides, and note the mean."""
+        """Play the averaged actor from starts determined by the seed, and record the mean."""
         began = time.time()
         key = self.model.key
         returns = []
@@ -185,7 +185,7 @@ class Recorder(BaseCallback):
 
 
 def make_env(env_id: str) -> gym.Env:
-    """An environment whose last info of an episode has its return and length; stops the program without one."""
+    """An environment whose last info of an episode has its return and length; stops the program if there is none."""
     try:
         env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id))
     except Exception as error:  # an environment may raise anything
