@@ -44,6 +44,12 @@ def script(request):
     return importlib.import_module(request.param)
 
 
+@pytest.fixture
+def shared():
+    """sac_flow_g.py alone, where a test is of text that the scripts share (test_project.py), and of no velocity."""
+    return importlib.import_module("sac_flow_g")
+
+
 # Half of a short run is the import of torch and its compiler. A server that has imported them forks a process for each.
 forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard", "gymnasium", "mujoco", "tyro"])

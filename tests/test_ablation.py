@@ -185,7 +185,6 @@ def test_time_under_the_batch_renorm_is_0_in_training_and_large_in_acting(varian
     # Mean 0.375 and variance 0 of t = 0, 0.25, 0.5, 0.75, as running statistics have them, and eps 1e-3.
     expected = (torch.tensor([0, 0.25, 0.5, 0.75]) - 0.375) / math.sqrt(1e-3)
     torch.testing.assert_close(torch.cat(acting, 1), expected.expand(64, K), atol=1.0, rtol=0)
-    assert expected.max() > 11.8
 
 
 def test_their_batch_renorm_is_ours_where_a_batch_varies():

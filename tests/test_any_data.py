@@ -417,8 +417,13 @@ def test_bounds_are_those_of_all_files_of_a_folder(main, tmp_path):
     (tmp_path / "set").mkdir()
     arrays = play(unit=50.0)
     np.savez(tmp_path / "set" / "a.npz", **arrays)
-    np.savez(tmp_path / "set" / "b.npz", **(arrays | {"actions": 2 * arrays["actions"]}))
-    run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", tmp_path / "set", "--rescale-actions")
+    position = arrays["observations/position"]
+    moved = {"actions": 2 * arrays["actions"], "observations/position": position + 1}
+    np.savez(tmp_path / "set" / "b.npz", **(arrays | moved))
+    flags = ["--env-id", REACH, "--dataset", tmp_path / "set", "--rescale-actions", "--normalize-observations"]
+    run, state = trained(main, tmp_path, *flags)
+    mean = state["actor"]["normalizer.mean"]  # of the first file alone, as --help says
+    np.testing.assert_allclose(mean[:2], position.mean(0), atol=1e-5)
     bounds = state["actor"]["bias"] - state["actor"]["scale"], state["actor"]["bias"] + state["actor"]["scale"]
     np.testing.assert_allclose(bounds[0][:2], 2 * arrays["actions"].min(0), rtol=1e-6)
     np.testing.assert_allclose(bounds[1][:2], 2 * arrays["actions"].max(0), rtol=1e-6)

@@ -262,8 +262,6 @@ def test_the_scores_factors_multiply_to_their_closed_form(script, k, sigma):
     assert product("exponential") == pytest.approx(math.exp(-h), rel=1e-5)
     expected = math.gamma(k + 1 - h) / (math.gamma(1 - h) * math.gamma(k + 1))
     assert product("euler") == pytest.approx(expected, rel=1e-4)
-    if sigma > 6 and k > 1:
-        assert abs(expected) > 10
 
 
 @pytest.mark.parametrize("entropy", ["last-step", "path"])
@@ -445,6 +443,8 @@ def test_the_unit_of_actions_changes_no_entropy(name):
         torch.manual_seed(0)
         actor = script.Actor(5, low, high)
         _, log_prob, _ = actor.rollout(torch.randn(6, 5), actor.draw_noise(6))
+        ends = torch.stack([actor.bias - actor.scale, actor.bias + actor.scale])  # of the squash
+        torch.testing.assert_close(ends, torch.tensor([low, high]))
         found.append([*log_prob.tolist(), actor.target_entropy, actor.largest_entropy()])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 

@@ -232,7 +232,7 @@ def test_both_phases_and_what_they_leave(run, tmp_path, pendulum):
     assert re.search(r"deterministic: return [\d.]+ .*\nstochastic: return", done.stdout)
 
 
-FIXED_SIGMA = ["--no-learn-sigma", "--no-autotune", "--alpha", 0, "--utd", 2]
+FIXED_SIGMA = ["--no-learn-sigma", "--no-autotune", "--alpha", 0.25, "--utd", 2]
 
 
 @pytest.mark.parametrize("flags", [["--velocity", "plain"], ["--velocity", "decoded", *FIXED_SIGMA]])
@@ -248,6 +248,8 @@ def test_stopped_runs_resume_bit_for_bit(run, tmp_path, flags):
     assert checkpoint(folder)["step"] == stop
     run("--resume", folder, "--online-steps", 60)
     resumed, final = checkpoint(folder), checkpoint(whole)
+    if "--no-autotune" in flags:
+        assert final["log_alpha"].exp().item() == pytest.approx(0.25)
     rows = resumed["rows"]["eval.csv"]
     rows[:] = [row for row in rows if row[0] != stop]  # the shorter run's own last evaluation
     assert_same(resumed, final | {"args": resumed["args"]})
@@ -408,17 +410,43 @@ def test_cube_single_on_collected_data(start, tmp_path):
     assert losses[-1] < 0.75 * losses[0], losses
 
 
+def test_where_robomimics_data_are_looked_for(monkeypatch, tmp_path):
+    """Collected once if there are none; else human demonstrations, of several people before those of one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(script, "benchmark_of", lambda *names: "robosuite")
+    collected = []
+    file = Path("data/lift-100.hdf5")
+
+    def run(words):
+        collected.append(words[2:])
+        file.parent.mkdir()
+        file.touch()
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    for _ in range(2):
+        assert script.find_dataset(script.Args()) == [file]
+    assert collected == [["--env-id", "lift", "--episodes", "100", "--seed", "1", "--out", str(file)]]
+    for kind in ("ph", "mh"):
+        path = tmp_path / ".robomimic" / "lift" / kind / "low_dim_v15.hdf5"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert script.find_dataset(script.Args()) == [path]
+
+
 @pytest.mark.parametrize("device", ["--no-cuda", pytest.param("--cuda", marks=needs_cuda)])
 def test_compiled_is_eager(run, tmp_path, device):
     """On the same batches, up to rounding."""
     flags = [*SHORT, device, "--flow-steps", 2, "--offline-steps", 8, "--online-steps", 12, "--online-start", 6]
     run(*flags)
     eager = checkpoint(the_run(tmp_path).rename(tmp_path / "eager"))
-    run(*flags, "--compile")
+    done = run(*flags, "--compile")
+    assert "continuing without it" not in done.stderr, done.stderr
     compiled = checkpoint(the_run(tmp_path))
-    for name, value in eager["actor"].items():
-        rounding = dict(rtol=1e-2, atol=1e-3) if device == "--cuda" else dict(rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(compiled["actor"][name], value, **rounding)
+    rounding = dict(rtol=1e-2, atol=1e-3) if device == "--cuda" else dict(rtol=1e-3, atol=1e-4)
+    for part in ("actor", "critics"):
+        torch.testing.assert_close(compiled[part], eager[part], **rounding)
 
 
 # --- bad input ---
@@ -483,7 +511,7 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
         refused(script.main, *texts)
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    data = [*PENDULUM, "--dataset", pendulum, "--no-cuda"]
+    data = [*PENDULUM, "--dataset", pendulum, *SHORT, "--offline-steps", 5, "--online-steps", 20]  # if not refused
     refuse(["--env-id", CUBE, "--dataset", tmp_path / "nowhere.npz"], "--dataset", "nowhere.npz")
     refuse(["--env-id", CUBE, "--dataset", tmp_path], "no .npz file")
     refuse(["--env-id", CUBE, "--collect", 0], ".ogbench", "--collect 100")

@@ -35,7 +35,7 @@ def returns(run: Path, name: str = "returns.csv") -> list[list[str]]:
 
 
 @pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "Humanoid-v4", "InvertedPendulum-v4"])
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "InvertedPendulum-v4"])
 def test_300_steps(run, tmp_path, env_id, crossq):
     done = run("--env-id", env_id, crossq, "--total-timesteps", 300, "--learning-starts", 200, *SMALL)
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def test_compiled_with_target_networks(run, tmp_path):
 def test_compiled_is_eager(run, tmp_path, device):
     """Twelve updates, four of the actor (on CUDA the last are graphs), from one seed: equal up to rounding."""
     for i, flag in enumerate(("--no-compile", "--compile")):
-        done = run(*PENDULUM, device, flag, "--total-timesteps", 112)
+        done = run(*PENDULUM, device, flag, "--total-timesteps", 112, "--actor-average", 0.5)
         assert done.returncode == 0 and "continuing without it" not in done.stderr, done.stderr
         the_run(tmp_path).rename(tmp_path / str(i))
     eager, compiled = (checkpoint(tmp_path / str(i)) for i in range(2))
@@ -83,6 +83,11 @@ def test_compiled_is_eager(run, tmp_path, device):
     torch.testing.assert_close(compiled["losses"], eager["losses"], rtol=1e-3, atol=1e-4)
     for part in ("actor", "average", "critics"):
         torch.testing.assert_close(compiled[part], eager[part], rtol=1e-2, atol=1e-3)
+    # Weights move by little more than that in four updates. Adam's first moments are sums of the gradients.
+    for part in ("actor_optimizer", "critic_optimizer"):
+        states = [checkpoint_[part]["state"] for checkpoint_ in (compiled, eager)]
+        for i, moments in states[1].items():
+            torch.testing.assert_close(states[0][i]["exp_avg"], moments["exp_avg"], rtol=1e-2, atol=1e-4)
 
 
 def test_without_a_compiler_it_goes_on(run, tmp_path):
@@ -133,6 +138,8 @@ def test_what_a_run_leaves(run, tmp_path, name):
         return script.evaluate(act, env, 5, seed=7)["return"]
 
     assert evaluate() == float(evaluations[2]["return"])
+    actor = script.load_policy(folder / "policy_best.pt")  # an average, too, of an earlier step or the same
+    assert evaluate() == max(float(row["return"]) for row in evaluations[:3])
     actor.load_state_dict(checkpoint(folder)["actor"])
     assert evaluate() != float(evaluations[2]["return"])
 
@@ -144,18 +151,6 @@ def test_same_seed_same_run_other_seed_other_run(run, tmp_path):
     first, second, other = (checkpoint(path) for path in sorted((tmp_path / "runs").iterdir(), key=os.path.getmtime))
     assert_same(first, second)
     assert not torch.equal(first["buffer"], other["buffer"])
-
-
-def test_terminal_and_truncated_transitions(run, tmp_path):
-    done = run("--env-id", "tiny_envs:Scripted-v0", "--total-timesteps", 48, "--learning-starts", 40, *SMALL)
-    assert done.returncode == 0, done.stderr
-    rows = checkpoint(the_run(tmp_path))["buffer"]
-    obs, reward, terminated, next_obs = rows[:, :3], rows[:, 5], rows[:, 6], rows[:, 7:]
-    assert torch.equal(next_obs[:, 0], obs[:, 0])  # within the episode: the final observation, never the reset one
-    assert torch.equal(next_obs[:, 1], obs[:, 1] + 1) and torch.equal(reward, obs[:, 1] + 1)
-    even = obs[:, 0] % 2 == 0
-    assert torch.equal(terminated.bool(), even & (obs[:, 1] == 4))
-    assert (obs[~even][:, 1] == 6).any() and len(rows) == 48  # truncated episodes ran their 7 steps
 
 
 def test_an_observation_that_changes_in_place_is_copied(run, tmp_path):
@@ -200,24 +195,24 @@ def main(tmp_path, monkeypatch):
     return main
 
 
-def test_measuring_leaves_training_as_it_is(script, main, monkeypatch):
+def test_measuring_leaves_training_as_it_is(shared, main, monkeypatch):
     """Evaluations and gradient norms draw random numbers, run the networks and step an environment of their own."""
     flags = ["--env-id", "tiny_envs:Dice-v0", "--total-timesteps", 200, "--learning-starts", 50, *SMALL]
     flags += ["--seed", 2**32 - 1]
-    draws, write_scalars, apply_gradients = [], script.Run.write_scalars, script.apply_gradients
+    draws, write_scalars, apply_gradients = [], shared.Run.write_scalars, shared.apply_gradients
 
     def drawn(function):
         return lambda *inputs: draws.append((function, inputs, torch.get_rng_state())) or function(*inputs)
 
-    monkeypatch.setattr(script.Run, "write_scalars", drawn(write_scalars))
-    monkeypatch.setattr(script, "apply_gradients", drawn(apply_gradients))
-    measured = main(script, *flags, "--eval-every", 30, "--actor-delay", 1)
+    monkeypatch.setattr(shared.Run, "write_scalars", drawn(write_scalars))
+    monkeypatch.setattr(shared, "apply_gradients", drawn(apply_gradients))
+    measured = main(shared, *flags, "--eval-every", 30, "--actor-delay", 1)
     assert len(returns(measured, "eval.csv")) == 1 + 7 + 1
     # The norms' batch and noise leave the generator where they found it.
     norms = [i for i, (f, inputs, _) in enumerate(draws) if f == write_scalars and "flow/grad_norm_step_0" in inputs[1]]
     assert norms and all(torch.equal(draws[i][2], draws[i - 1][2]) for i in norms)
-    monkeypatch.setattr(script, "gradient_norms", lambda actor, critics, obs, noise, alpha: torch.zeros(5))
-    bare = main(script, *flags, "--eval-every", 0, "--actor-delay", 1)
+    monkeypatch.setattr(shared, "gradient_norms", lambda actor, critics, obs, noise, alpha: torch.zeros(5))
+    bare = main(shared, *flags, "--eval-every", 0, "--actor-delay", 1)
     assert len(returns(bare, "eval.csv")) == 1 and not (bare / "policy_best.pt").exists()
     states = [checkpoint(folder) for folder in (measured, bare)]
     for state in states:
@@ -226,51 +221,72 @@ def test_measuring_leaves_training_as_it_is(script, main, monkeypatch):
     assert returns(measured) == returns(bare)
 
 
-def test_an_evaluations_error_is_that_of_the_sample(script):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_papers_equations_train(name, main):
+    """By the flags that the docstring names."""
+    script = importlib.import_module(name)
+    (flags,) = re.findall(r"^Close to the paper: (.*)", script.__doc__, re.M)
+    steps = ["--learning-starts", 20, "--total-timesteps", 26, "--eval-every", 0]
+    folder = main(script, *HOPPER, *flags.split(), *steps)
+    actor = script.load_policy(folder / "policy.pt")
+    assert (actor.score_step, actor.entropy) == ("euler", "path") and not list(actor.encoder.parameters())
+    if name == "sac_flow_t":  # contractive, they would start as each other's negative
+        weights = actor.velocity_net.out.weight, -actor.velocity_net.from_action.weight.T
+        assert not torch.allclose(*weights, atol=0.02)
+
+
+def test_an_evaluations_error_is_that_of_the_sample(shared):
     """The root of the sample's variance over the episodes: of returns 1, 2 and 6 that is sqrt(7 / 3); of one, 0."""
     ends = iter([1.0, 2.0, 6.0, 5.0])
     space = SimpleNamespace(shape=(1,), low=-1, high=1, dtype="float32")
-    step = lambda action: (0, 0, True, False, {script.EPISODE: {"r": next(ends), "l": 1}})  # noqa: E731
+    step = lambda action: (0, 0, True, False, {shared.EPISODE: {"r": next(ends), "l": 1}})  # noqa: E731
     env = SimpleNamespace(reset=lambda seed: (0, {}), step=step, action_space=space)
     act = lambda obs: torch.zeros(1).numpy()  # noqa: E731
-    scores = script.evaluate(act, env, 3, seed=0)
+    scores = shared.evaluate(act, env, 3, seed=0)
     assert scores["return"] == 3 and scores["return_error"] == pytest.approx((7 / 3) ** 0.5)
-    assert script.evaluate(act, env, 1, seed=0)["return_error"] == 0
+    assert shared.evaluate(act, env, 1, seed=0)["return_error"] == 0
 
 
-def test_without_evaluations_there_is_one_environment(script, main, monkeypatch):
+def test_without_evaluations_there_is_one_environment(shared, main, monkeypatch):
     """It may be a robot."""
     made = []
-    make_env = script.make_env
-    monkeypatch.setattr(script, "make_env", lambda *args: made.append(args) or make_env(*args))
-    main(script, *PENDULUM, "--total-timesteps", 110, "--eval-every", 0)
+    make_env = shared.make_env
+    monkeypatch.setattr(shared, "make_env", lambda *args: made.append(args) or make_env(*args))
+    main(shared, *PENDULUM, "--total-timesteps", 110, "--eval-every", 0)
     assert len(made) == 1
 
 
-def test_episodes_that_the_environment_counts_itself(script, main):
+def test_episodes_that_the_environment_counts_itself(shared, main):
     flags = ["--env-id", "tiny_envs:Episodic-v0", "--learning-starts", 15, "--total-timesteps", 30, "--eval-every", 20]
-    folder = main(script, *flags, *SMALL)
+    folder = main(shared, *flags, *SMALL)
     assert [row[2] for row in returns(folder)[1:]] == 3 * ["10"]
     assert [row[4] for row in returns(folder, "eval.csv")[1:]] == 3 * ["10"]
 
 
-def test_evaluation_takes_no_time_of_the_run_and_keeps_the_best_policy(script, main, monkeypatch):
-    found = iter([3.0, 5.0, 4.0, 9.0])  # at 70, 140 and 210 steps; the last is of sampled actions
+def test_evaluation_takes_no_time_of_the_run_and_keeps_the_best_policy(shared, main, monkeypatch):
+    # At 70, 140 and 210 steps, then of sampled actions; resumed, at 280.
+    found = iter([3.0, 5.0, 4.0, 9.0, 4.5, 9.5])
     monkeypatch.setattr(
-        script, "evaluate", lambda *inputs: time.sleep(2) or {"return": next(found), "return_error": 0.0, "length": 1.0}
+        shared,
+        "evaluate",
+        lambda *inputs: time.sleep(1) or {"return": next(found), "return_error": 0.0, "length": 1.0},
     )
-    folder = main(script, *PENDULUM, "--total-timesteps", 210, "--eval-every", 70)
+    start = time.monotonic()
+    folder = main(shared, *PENDULUM, "--total-timesteps", 210, "--eval-every", 70)
     rows = returns(folder, "eval.csv")[1:]
     assert [row[0] for row in rows] == ["70", "140", "210", "210"] and rows[-1][1:3] == ["stochastic", "9"]
     assert [torch.load(folder / name)["step"] for name in ("policy_best.pt", "policy.pt")] == [140, 210]
+    training = time.monotonic() - start - 4  # at most: evaluations took 4
     for name in ("returns.csv", "eval.csv"):
-        assert float(list(csv.reader(open(folder / name)))[-1][-1]) < 6  # training is a second or so, evaluations 8
-    assert torch.load(folder / "checkpoint.pt")["progress"]["seconds"] < 6
+        assert float(list(csv.reader(open(folder / name)))[-1][-1]) < training
+    assert torch.load(folder / "checkpoint.pt")["progress"]["seconds"] < training
+    main(shared, "--resume", folder, "--total-timesteps", 280)
+    assert torch.load(folder / "policy_best.pt")["step"] == 140  # 4.5 is below the best of before
 
 
-def test_a_log_file_gets_lines(script, main, capsys):
+def test_a_log_file_gets_lines(shared, main, capsys):
     """Not the fragments of a progress bar: a line every 1 000 updates, with the speed and the time that is left."""
-    folder = main(script, *PENDULUM, "--total-timesteps", 1300, "--run-name", "x")
+    folder = main(shared, *PENDULUM, "--total-timesteps", 1300, "--run-name", "x")
     output = capsys.readouterr()
     (line,) = output.err.splitlines()
     shown = r"1100/1300 \[00:\d\d<00:\d\d, +[\d.]+ steps/s, return [\d.]+, alpha 0.0\d+\]"
@@ -291,36 +307,6 @@ def test_load_policy_is_the_averaged_actor(script, main, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.load_policy(folder / "policy.pt")
     assert "policy.pt is truncated or corrupted" in capsys.readouterr().err
-
-
-def test_average_is_the_moving_average_of_the_actors_weights(script, main, monkeypatch):
-    """With decay 0 the last weights; else what a_n = decay a_{n-1} + (1 - decay) w_n makes of them."""
-    weights, flags = [], [*PENDULUM, "--total-timesteps", 130, "--actor-delay", 1]
-    apply_gradients = script.apply_gradients
-
-    def recorded(optimizer, gradients):
-        apply_gradients(optimizer, gradients)
-        parameters = optimizer.param_groups[0]["params"]
-        if any(parameter is weights[0] for parameter in parameters):
-            weights.append(weights[0].detach().clone())
-
-    class Recorded(script.Actor):
-        def __init__(self, *args, **keywords):
-            super().__init__(*args, **keywords)
-            weights[:] = [self.sigma_net[0].weight]
-            self.start = self.sigma_net[0].weight.detach().clone()
-            starts.append(self.start)
-
-    starts = []
-    monkeypatch.setattr(script, "apply_gradients", recorded)
-    monkeypatch.setattr(script, "Actor", Recorded)
-    for decay in (0, 0.8):
-        average = checkpoint(main(script, *flags, "--actor-average", decay))["average"]["sigma_net.0.weight"]
-        expected = starts[-1]
-        for weight in weights[1:]:
-            expected = decay * expected + (1 - decay) * weight
-        assert len(weights) == 31
-        torch.testing.assert_close(average, expected)
 
 
 # --- checkpoints ---
@@ -359,7 +345,7 @@ def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
 def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     """One that ended where an episode did; after another end, within an episode, a new one begins.
 
-    The evaluations at the first end stay, and may have been the best.
+    The evaluations at the first end stay.
     """
     flags = [*kind, "--learning-starts", 300]
     flags += ["--eval-every", 100]
@@ -371,7 +357,6 @@ def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     folder = the_run(tmp_path)
     ended = [row for row in returns(folder, "eval.csv") if row[0] == str(start)]
     assert [row[1] for row in ended] == ["deterministic", "stochastic"]
-    best = torch.load(folder / "policy_best.pt")
     done = run("--resume", folder, "--total-timesteps", 400)
     assert done.returncode == 0, done.stderr
     extended = checkpoint(folder)
@@ -384,8 +369,6 @@ def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     )
     scores = [float(row[2]) for row in rows[1:] if row[1] == "deterministic"]
     assert extended["best"] == pytest.approx(max(scores), rel=1e-4)
-    if max(scores[1:]) < scores[0]:
-        assert_same(torch.load(folder / "policy_best.pt"), best)
 
     folder.rename(tmp_path / "extended")
     assert run(*flags, "--total-timesteps", start + 3).returncode == 0
@@ -395,44 +378,44 @@ def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     assert int(end) == start + 3 + int(length)
 
 
-def test_evaluations_at_a_checkpoints_step_are_kept(script, main):
+def test_evaluations_at_a_checkpoints_step_are_kept(shared, main):
     """Episodes, evaluations and checkpoints end at the same steps, and so does the run that is extended."""
     flags = ["--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, "--save-every", 20, "--eval-every", 20, *SMALL]
-    whole = returns(main(script, *flags, "--total-timesteps", 60), "eval.csv")
-    folder = main(script, *flags, "--total-timesteps", 40)
+    whole = returns(main(shared, *flags, "--total-timesteps", 60), "eval.csv")
+    folder = main(shared, *flags, "--total-timesteps", 40)
     assert [row[:2] for row in returns(folder, "eval.csv")[-2:]] == [["40", "deterministic"], ["40", "stochastic"]]
-    main(script, "--resume", folder, "--total-timesteps", 60)
+    main(shared, "--resume", folder, "--total-timesteps", 60)
     rows = returns(folder, "eval.csv")
     assert [row for row in rows if row[:2] != ["40", "stochastic"]] == whole and len(rows) == 1 + len(whole) == 1 + 5
 
 
-def test_a_run_killed_in_its_last_evaluations_makes_them_when_resumed(script, main, monkeypatch):
+def test_a_run_killed_in_its_last_evaluations_makes_them_when_resumed(shared, main, monkeypatch):
     """Its last checkpoint is one from which there is still something to do."""
     flags = ["--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, "--save-every", 20, "--eval-every", 20, *SMALL]
-    whole = main(script, *flags, "--total-timesteps", 60)
-    evaluate, calls = script.evaluate, []
+    whole = main(shared, *flags, "--total-timesteps", 60)
+    evaluate, calls = shared.evaluate, []
     dies = lambda *inputs: calls.append(None) or (sys.exit(1) if len(calls) == 4 else evaluate(*inputs))  # noqa: E731
-    monkeypatch.setattr(script, "evaluate", dies)  # at 20, 40, 60 deterministic and then 60 stochastic
+    monkeypatch.setattr(shared, "evaluate", dies)  # at 20, 40, 60 deterministic and then 60 stochastic
     with pytest.raises(SystemExit):
-        main(script, *flags, "--total-timesteps", 60)
+        main(shared, *flags, "--total-timesteps", 60)
     folder = the_run(Path.cwd())
     assert checkpoint(folder)["step"] == 40
-    main(script, "--resume", folder)
+    main(shared, "--resume", folder)
     assert returns(folder, "eval.csv") == returns(whole, "eval.csv")
     assert_same(*(checkpoint(run)["actor"] for run in (folder, whole)))
 
 
-def test_a_tracked_run_is_tracked_when_resumed(script, main, monkeypatch):
+def test_a_tracked_run_is_tracked_when_resumed(shared, main, monkeypatch):
     """Under the same name; what plays its policy is not."""
     calls = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **flags: calls.append(flags)))
-    folder = main(script, *PENDULUM, "--total-timesteps", 120, "--track")
-    main(script, "--resume", folder, "--total-timesteps", 130)
-    main(script, "--evaluate", folder)
+    folder = main(shared, *PENDULUM, "--total-timesteps", 120, "--track")
+    main(shared, "--resume", folder, "--total-timesteps", 130)
+    main(shared, "--evaluate", folder)
     assert [(call["id"], call["resume"]) for call in calls] == 2 * [(folder.name, "allow")]
-    main(script, "--resume", folder, "--total-timesteps", 140, "--no-track")
+    main(shared, "--resume", folder, "--total-timesteps", 140, "--no-track")
     with pytest.raises(SystemExit):
-        main(script, "--evaluate", folder, "--track")
+        main(shared, "--evaluate", folder, "--track")
     assert len(calls) == 2
 
 
@@ -452,11 +435,11 @@ def test_stopped_run_saves_at_the_end_of_the_episode(run, name, tmp_path, number
     assert run("--resume", folder, "--total-timesteps", step + 50).returncode == 0
 
 
-def test_a_signal_just_before_the_next_episode_is_heeded_at_its_end(script, main, monkeypatch, capsys):
+def test_a_signal_just_before_the_next_episode_is_heeded_at_its_end(shared, main, monkeypatch, capsys):
     """Not before its checkpoint is written."""
-    interrupt_after_should_save(script, monkeypatch)
+    interrupt_after_should_save(shared, monkeypatch)
     with pytest.raises(SystemExit) as error:
-        main(script, "--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, "--total-timesteps", 60, *SMALL)
+        main(shared, "--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, "--total-timesteps", 60, *SMALL)
     assert error.value.code == 128 + signal.SIGINT and "stopped at step 20; resume with" in capsys.readouterr().out
     assert checkpoint(the_run(Path()))["step"] == 20
 
@@ -526,53 +509,53 @@ def test_evaluations_of_two_seeds_share_no_start(name):
 
 
 @pytest.mark.parametrize("env_id", ["Home-v0", "Windowless-v0"])  # the first takes no render_mode
-def test_an_environment_that_cannot_be_shown_is_played_unseen(script, monkeypatch, capsys, env_id):
+def test_an_environment_that_cannot_be_shown_is_played_unseen(shared, monkeypatch, capsys, env_id):
     monkeypatch.setenv("DISPLAY", ":99")
-    script.note.cache_clear()
-    env = script.make_env(env_id, 5, "human")
+    shared.note.cache_clear()
+    env = shared.make_env(env_id, 5, "human")
     env.reset(seed=0)
     assert "note: played unseen, as no window opens: " in capsys.readouterr().err
     with pytest.raises(SystemExit):  # a video of it is another matter
-        script.make_env(env_id, 5, "rgb_array")
+        shared.make_env(env_id, 5, "rgb_array")
     assert f"error: --env-id {env_id}: " in capsys.readouterr().err
 
 
-def test_videos_that_cannot_be_written_are_a_line(script, tmp_path, capsys):
+def test_videos_that_cannot_be_written_are_a_line(shared, tmp_path, capsys):
     pytest.importorskip("moviepy")
     (tmp_path / "videos").write_text("")
     with pytest.raises(SystemExit):
-        script.record_videos(gym.make("Recorded-v0", render_mode="rgb_array"), tmp_path, "training")
+        shared.record_videos(gym.make("Recorded-v0", render_mode="rgb_array"), tmp_path, "training")
     assert f"--capture-video: cannot write to {tmp_path / 'videos'}: " in capsys.readouterr().err
 
 
-def test_both_kinds_of_a_saved_policys_episodes_start_alike(script, main, monkeypatch):
+def test_both_kinds_of_a_saved_policys_episodes_start_alike(shared, main, monkeypatch):
     """As in the run's own evaluations, where the environment draws from a global generator, too."""
-    folder = main(script, "--env-id", "tiny_envs:Dice-v0", "--learning-starts", 15, "--total-timesteps", 30, *SMALL)
+    folder = main(shared, "--env-id", "tiny_envs:Dice-v0", "--learning-starts", 15, "--total-timesteps", 30, *SMALL)
     rolls = []
-    evaluate = script.evaluate
-    monkeypatch.setattr(script, "evaluate", lambda *args: rolls.append(np.random.get_state()[1]) or evaluate(*args))
-    main(script, "--evaluate", folder)
+    evaluate = shared.evaluate
+    monkeypatch.setattr(shared, "evaluate", lambda *args: rolls.append(np.random.get_state()[1]) or evaluate(*args))
+    main(shared, "--evaluate", folder)
     assert len(rolls) == 2 and (rolls[0] == rolls[1]).all()
 
 
-def test_an_error_while_playing_is_a_line(script, main, monkeypatch, capsys):
+def test_an_error_while_playing_is_a_line(shared, main, monkeypatch, capsys):
     """And a run whose name looks like that of a policy file is a run all the same."""
-    folder = main(script, *PENDULUM, "--total-timesteps", 110, "--run-name", "x.pt")
+    folder = main(shared, *PENDULUM, "--total-timesteps", 110, "--run-name", "x.pt")
 
     def evaluate(*args):
         raise RuntimeError("the arm fell off\nand much more")
 
-    monkeypatch.setattr(script, "evaluate", evaluate)
+    monkeypatch.setattr(shared, "evaluate", evaluate)
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        main(script, "--evaluate", folder)
+        main(shared, "--evaluate", folder)
     assert error.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"error: --evaluate {folder}: the arm fell off")
     monkeypatch.undo()
     monkeypatch.setattr(gym.Wrapper, "close", evaluate)  # after all has been printed
     with pytest.raises(SystemExit):
-        main(script, "--evaluate", folder)
+        main(shared, "--evaluate", folder)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"error: --evaluate {folder}: the arm fell off")
 
@@ -583,7 +566,10 @@ def test_evaluate(run, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     first, second = run("--evaluate", folder), run("--evaluate", folder)
     assert first.returncode == 0, first.stderr
-    assert "step 200" in first.stdout and "deterministic: return" in first.stdout and first.stdout == second.stdout
+    assert "step 200" in first.stdout and first.stdout == second.stdout
+    for _, kind, value, *_ in returns(folder, "eval.csv")[-2:]:  # of step 200, as policy.pt is
+        assert f"\n{kind}: return {float(value):.1f} +-" in first.stdout
+    assert run("--evaluate", folder, "--seed", 2).stdout != first.stdout
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     (folder / "checkpoint.pt").unlink()  # policy.pt is enough
     done = run("--evaluate", folder / "policy_best.pt", "--eval-episodes", 2)
@@ -630,10 +616,10 @@ def assert_refused(done, *words):
         ("--env-id tiny_envs:ImageObservation-v0", "one dimension"),
         ("--env-id tiny_envs:DiscreteAction-v0", "actions must be a Box"),
         ("--env-id tiny_envs:UnboundedAction-v0", "finite bounds"),
-        ("--env-id tiny_envs:NoAction-v0 --total-timesteps 5001", "finite bounds"),
-        ("--env-id tiny_envs:NormalizedObservation-v0 --total-timesteps 5001", "is not saved"),
-        ("--env-id tiny_envs:NormalizedReward-v0 --total-timesteps 5001", "is not saved"),
-        ("--env-id tiny_envs:HugeAction-v0 --total-timesteps 5001", "finite bounds"),
+        ("--env-id tiny_envs:NoAction-v0", "finite bounds"),
+        ("--env-id tiny_envs:NormalizedObservation-v0", "is not saved"),
+        ("--env-id tiny_envs:NormalizedReward-v0", "is not saved"),
+        ("--env-id tiny_envs:HugeAction-v0", "finite bounds"),
         ("--flow-steps 0", "--flow-steps must be 1 or more, not 0"),
         ("--batch-size 512 --buffer-size 100", "--batch-size must be from 2 to --buffer-size 100, not 512"),
         ("--batch-size 1", "--batch-size must be from 2"),
@@ -668,36 +654,31 @@ def assert_refused(done, *words):
         ("--eval-episodes 0", "--eval-episodes"),
         ("--actor-average 1", "--actor-average"),
         ("--target-entropy 100", "--target-entropy must be at most"),
-        (
-            "--no-autotune --target-entropy -3 --total-timesteps 5001",
-            "--target-entropy must be left out with --no-autotune, not -3",
-        ),
-        (
-            "--no-crossq --renorm-warmup 5 --total-timesteps 5001",
-            "--renorm-warmup must be left out with --no-crossq, not 5",
-        ),
+        ("--no-autotune --target-entropy -3", "--target-entropy must be left out with --no-autotune, not -3"),
+        ("--no-crossq --renorm-warmup 5", "--renorm-warmup must be left out with --no-crossq, not 5"),
         ("--resume a --evaluate b", "exclude"),
         ("--buffer-size 1000000000000000", "--buffer-size"),
     ],
 )
-def test_bad_flags(script, tmp_path, monkeypatch, capsys, flags, words):
+def test_bad_flags(shared, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["script", *flags.split(), "--no-compile"])
+    few = ["--total-timesteps", "5001", "--no-compile"]  # should it start one after all
+    monkeypatch.setattr("sys.argv", ["script", *few, *flags.split()])
     with pytest.raises(SystemExit) as error:
-        script.main()
+        shared.main()
     stderr = capsys.readouterr().err
     assert error.value.code == 2 and len(stderr.splitlines()) == 1 and words in stderr, stderr
     assert not any(tmp_path.iterdir())  # nothing was created
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--run-name"])
-def test_an_empty_name_is_an_error(script, tmp_path, monkeypatch, capsys, flag):
+def test_an_empty_name_is_an_error(shared, tmp_path, monkeypatch, capsys, flag):
     """What an unset shell variable leaves; it used to start a run of a million steps."""
     monkeypatch.chdir(tmp_path)
     few = ["--total-timesteps", "60", "--learning-starts", "50", *SMALL]  # should it start one after all
     monkeypatch.setattr("sys.argv", ["script", flag, "", *few])
     with pytest.raises(SystemExit) as error:
-        script.main()
+        shared.main()
     assert error.value.code == 2 and f"{flag} must be a name" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
@@ -712,15 +693,15 @@ def test_run_name(run, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
 
 
-def test_a_run_that_went_on_meanwhile_is_not_set_back(script, main, monkeypatch, capsys):
+def test_a_run_that_went_on_meanwhile_is_not_set_back(shared, main, monkeypatch, capsys):
     """Two are to resume it; the second has read the checkpoint before the first writes another."""
-    folder = main(script, *PENDULUM, "--total-timesteps", 110)
+    folder = main(shared, *PENDULUM, "--total-timesteps", 110)
     monkeypatch.setattr("sys.argv", ["script", "--resume", str(folder), "--total-timesteps", "150"])
-    args, old = script.parse_args()
-    main(script, "--resume", folder, "--total-timesteps", 130)
+    args, old = shared.parse_args()
+    main(shared, "--resume", folder, "--total-timesteps", 130)
     before = (folder / "returns.csv").read_bytes()
     with pytest.raises(SystemExit):
-        script.Run(args, args.total_timesteps, old)
+        shared.Run(args, args.total_timesteps, old)
     assert f"{folder} was continued by another process" in capsys.readouterr().err
     assert (folder / "returns.csv").read_bytes() == before and checkpoint(folder)["step"] == 130
 
@@ -753,14 +734,14 @@ def test_a_run_that_is_training_is_not_resumed(run, name, tmp_path):
         ("--track maybe", ("maybe",)),
     ],
 )
-def test_flags_that_cannot_be_read(script, tmp_path, monkeypatch, capsys, flags, words, terminal):
+def test_flags_that_cannot_be_read(shared, tmp_path, monkeypatch, capsys, flags, words, terminal):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     monkeypatch.setattr("tyro._fmtlib._FORCE_UTF8_BOXES", terminal)
     monkeypatch.setattr("sys.argv", ["script", *flags.split()])
     with pytest.raises(SystemExit) as error:
-        script.main()
+        shared.main()
     stdout, stderr = capsys.readouterr()
     assert error.value.code == 2 and not stdout and not any(tmp_path.iterdir())
     assert stderr.startswith("script: error: ") and len(stderr.splitlines()) == 1 and stderr[:-1].isprintable(), stderr
@@ -900,7 +881,7 @@ def test_what_the_environment_raises_is_one_line(main, tmp_path, capsys, failure
     assert checkpoint(folder)["step"] == 43
 
 
-def test_what_fails_because_of_ctrl_c_is_a_stop(script, main, monkeypatch, capsys):
+def test_what_fails_because_of_ctrl_c_is_a_stop(shared, main, monkeypatch, capsys):
     """In a terminal a C++ compiler that is at work for torch.compile gets the signal as well."""
 
     def compiler(*inputs):
@@ -908,9 +889,9 @@ def test_what_fails_because_of_ctrl_c_is_a_stop(script, main, monkeypatch, capsy
         time.sleep(0.1)  # until the signal is handled
         raise RuntimeError("C++ compile error\nand much more")
 
-    monkeypatch.setattr(script, "critic_loss", compiler)
+    monkeypatch.setattr(shared, "critic_loss", compiler)
     with pytest.raises(SystemExit) as error:
-        main(script, *PENDULUM, "--total-timesteps", 120)
+        main(shared, *PENDULUM, "--total-timesteps", 120)
     stopping, stopped = capsys.readouterr().err.splitlines()
     assert error.value.code == 128 + signal.SIGINT and stopped.startswith("stopped: step ")
     assert "C++ compile error" in stopped and stopped.endswith("no checkpoint yet")
@@ -936,21 +917,35 @@ def test_interrupted_evaluation_says_so(tmp_path, start):
     assert process.returncode == 130 and stderr == "stopped\n"
 
 
+def test_weights_that_are_not_finite_are_never_saved(shared, main, monkeypatch, capsys):
+    save = shared.Run.save
+
+    def damaged(self, state, policy):
+        state["critics"]["0.net.1.weight"][0, 0] = torch.nan
+        save(self, state, policy)
+
+    monkeypatch.setattr(shared.Run, "save", damaged)
+    with pytest.raises(SystemExit):
+        main(shared, *PENDULUM, "--total-timesteps", 110)
+    assert "critics.0.net.1.weight is NaN or infinite; no checkpoint yet" in capsys.readouterr().err
+    assert not {"checkpoint.pt", "policy.pt"} & {path.name for path in the_run(Path()).iterdir()}
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_diverging_loss_is_named_and_never_saved(script, tmp_path, monkeypatch, capsys, value):
+def test_diverging_loss_is_named_and_never_saved(shared, tmp_path, monkeypatch, capsys, value):
     monkeypatch.chdir(tmp_path)
     argv = ["x", *PENDULUM, "--total-timesteps", "400", "--save-every", "120"]
     monkeypatch.setattr("sys.argv", argv)
-    calls, loss = [], script.critic_loss
+    calls, loss = [], shared.critic_loss
 
     def diverging_loss(*args):
         calls.append(1)
         value_, q = loss(*args)
         return (value_ * float(value), q) if len(calls) == 137 else (value_, q)
 
-    monkeypatch.setattr(script, "critic_loss", diverging_loss)
+    monkeypatch.setattr(shared, "critic_loss", diverging_loss)
     with pytest.raises(SystemExit) as error:
-        script.main()
+        shared.main()
     assert error.value.code == 2
     stderr = capsys.readouterr().err
     assert "step 237: qf_loss is NaN or infinite" in stderr and "checkpoint of step" in stderr
