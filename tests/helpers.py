@@ -15,6 +15,8 @@ SCRIPTS = ["sac_flow_g", "sac_flow_t"]
 FLOWS = [*SCRIPTS, "sac_flow_naive"]
 SIZES = "--critic-dim 16 --sigma-dim 16 --encoder-dim 16 --velocity-dim 16 --batch-size 16".split()
 SMALL = [*SIZES, "--no-compile", "--no-cuda"]
+OFFLINE_SIZES = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --sigma-dim 16 --batch-size 16".split()
+OFFLINE_SMALL = [*OFFLINE_SIZES, "--no-compile", "--no-cuda"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -71,6 +73,15 @@ def assert_same(a, b, where="checkpoint"):
             assert_same(x, y, f"{where}[{i}]")
     else:
         assert a == b or a != a and b != b, where  # NaN is NaN
+
+
+def columns(rows: torch.Tensor, obs_dim: int, action_dim: int) -> dict[str, np.ndarray]:
+    """Rows of the buffer of sac_flow_offline2online.py by the names of their columns; one of width 1 is (N,)."""
+    from sac_flow_offline2online import COLUMNS
+
+    widths = np.cumsum([obs_dim, action_dim, 1, 1, 1])
+    parts = np.split(rows.numpy(), widths, axis=1)
+    return {name: part.squeeze(1) if part.shape[1] == 1 else part for name, part in zip(COLUMNS, parts, strict=True)}
 
 
 def write_minari(root: Path, name: str, env, episodes: int) -> None:

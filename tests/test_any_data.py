@@ -14,13 +14,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_same, checkpoint, the_run
+from helpers import OFFLINE_SMALL, ROOT, assert_same, checkpoint, columns, the_run
 
 import sac_flow_offline2online as script
 
 REACH = "goal_envs:Reach-v0"
-SMALL = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --sigma-dim 16 --batch-size 16 --no-compile --no-cuda".split()
-SHORT = [*SMALL, "--eval-episodes", 2, "--eval-every", 1000, "--offline-steps", 20, "--online-steps", 30]
+SHORT = [*OFFLINE_SMALL, "--eval-episodes", 2, "--eval-every", 1000, "--offline-steps", 20, "--online-steps", 30]
 SHORT += ["--online-start", 10, "--chunk", 3]
 
 
@@ -96,13 +95,6 @@ def write_hdf5(path: Path, arrays: dict) -> None:
             file[name] = values
         file["metadata/algorithm"] = "none"
         file["infos/qpos"] = np.zeros(3)
-
-
-def columns(rows: torch.Tensor, obs_dim: int, action_dim: int) -> dict:
-    """Rows of the buffer, by their names."""
-    widths = np.cumsum([obs_dim, action_dim, 1, 1, 1])
-    parts = np.split(rows.numpy(), widths, axis=1)
-    return {name: part.squeeze() for name, part in zip(script.COLUMNS, parts, strict=True)}
 
 
 # --- files with D4RL's keys ---

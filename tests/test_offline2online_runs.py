@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, checkpoint, command, needs_cuda, the_run, write_minari
+from helpers import OFFLINE_SMALL, assert_same, checkpoint, columns, command, needs_cuda, the_run, write_minari
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sac_flow_offline2online as script
@@ -24,8 +24,7 @@ h5py, minari, ogbench = (pytest.importorskip(name) for name in ("h5py", "minari"
 
 NAME = "sac_flow_offline2online"
 PENDULUM = ["--env-id", "tests/pendulum-v0"]
-SMALL = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --sigma-dim 16 --batch-size 16 --no-compile --no-cuda".split()
-SHORT = [*SMALL, "--eval-episodes", 2, "--eval-every", 40, "--online-start", 10]
+SHORT = [*OFFLINE_SMALL, "--eval-episodes", 2, "--eval-every", 40, "--online-start", 10]
 robosuite_installed = importlib.util.find_spec("robosuite") is not None
 needs_robosuite = pytest.mark.skipif(not robosuite_installed, reason="needs robosuite")
 
@@ -52,12 +51,6 @@ def write_robomimic(path: Path, lengths=(6, 7, 8), sizes=(3, 4, 2, 10), drop=(),
                     demo[f"{kind}/{key}"] = part
 
 
-def columns(rows: torch.Tensor, obs_dim: int, action_dim: int) -> list[np.ndarray]:
-    """obs, action, reward, terminated, last, next_obs of rows of the buffer."""
-    widths = np.cumsum([obs_dim, action_dim, 1, 1, 1])
-    return [part.squeeze(1) if part.shape[1] == 1 else part for part in np.split(rows.numpy(), widths, axis=1)]
-
-
 class Spaces:
     """Stands for an environment of which a loader needs the spaces."""
 
@@ -73,7 +66,7 @@ def test_robomimic_rows(tmp_path):
     lengths = [5] * 10 + [6]  # demo_10 comes after demo_9, not after demo_1
     write_robomimic(path, lengths)
     rows = script.load_data(path, Spaces(19, 7), script.Args())
-    obs, action, reward, terminated, last, next_obs = columns(rows, 19, 7)
+    obs, action, reward, terminated, last, next_obs = columns(rows, 19, 7).values()
     assert obs[:, 0].tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
     assert np.flatnonzero(last).tolist() == (np.cumsum(lengths) - 1).tolist()
     assert reward[:5].tolist() == [-1] * 5 and not terminated[:5].any()  # no success: `dones` alone does not terminate
@@ -116,7 +109,7 @@ def test_ogbench_rows_are_those_of_its_own_reader(tmp_path):
     write_ogbench(tmp_path / "cube-val.npz")
     args = script.Args(env_id=CUBE, sparse=False)
     env, data, _ = ogbench.make_env_and_datasets(CUBE, dataset_path=str(path))
-    obs, action, reward, terminated, last, next_obs = columns(script.load_data(path, env, args), 28, 5)
+    obs, action, reward, terminated, last, next_obs = columns(script.load_data(path, env, args), 28, 5).values()
     pairs = {"observations": obs, "actions": action, "next_observations": next_obs, "rewards": reward}
     for theirs, ours in pairs.items():
         np.testing.assert_array_equal(ours, data[theirs])
@@ -137,7 +130,7 @@ def test_sparse_rewards_count_no_cubes(tmp_path):
     for sparse, reward in ((False, -2), (True, -1)):
         args = script.Args(env_id=task, sparse=sparse, dataset=str(tmp_path / "cubes.npz"))
         env = script.make_env(args)
-        assert (columns(script.load_data(args.dataset, env, args), 37, 5)[2] == reward).all()
+        assert (columns(script.load_data(args.dataset, env, args), 37, 5)["reward"] == reward).all()
         env.reset(seed=0)
         assert env.step(np.zeros(5))[1] == reward
 
@@ -167,7 +160,7 @@ def pendulum(tmp_path_factory) -> Path:
 def test_minari_rows_are_those_of_its_own_reader(pendulum):
     args = script.Args(env_id="tests/pendulum-v0", dataset=str(pendulum))
     env = script.make_env(args)
-    obs, action, reward, terminated, last, next_obs = columns(script.load_data(None, env, args), 4, 1)
+    obs, action, reward, terminated, last, next_obs = columns(script.load_data(None, env, args), 4, 1).values()
     episodes = list(script.minari_dataset(args).iterate_episodes())
     action = action[:, None]
     for ours, theirs in ((action, "actions"), (reward, "rewards"), (terminated, "terminations")):
@@ -288,7 +281,7 @@ def test_killed_in_either_phase(run, tmp_path, pendulum):
 
 
 def test_evaluation_leaves_training_as_it_was(run, tmp_path):
-    flags = [*SMALL, "--online-start", 10, "--offline-steps", 40, "--online-steps", 40, "--eval-episodes", 1]
+    flags = [*OFFLINE_SMALL, "--online-start", 10, "--offline-steps", 40, "--online-steps", 40, "--eval-episodes", 1]
     run(*flags, "--eval-every", 10)
     often = checkpoint(the_run(tmp_path).rename(tmp_path / "often"))
     run(*flags, "--eval-every", 1000)
@@ -304,7 +297,7 @@ def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
     for i, rows in enumerate((31, 41)):
         write_ogbench(tmp_path / "shards" / f"cube-{i}.npz", 2, rows)
     write_ogbench(tmp_path / "shards" / "cube-0-val.npz")
-    flags = ["--env-id", CUBE, "--dataset", "shards", "--rotate-every", 10, "--eval-episodes", 1, *SMALL]
+    flags = ["--env-id", CUBE, "--dataset", "shards", "--rotate-every", 10, "--eval-episodes", 1, *OFFLINE_SMALL]
     flags += ["--offline-steps", 25, "--online-steps", 0, "--save-every", 7]
     saved, write = {}, script.write
 
@@ -365,7 +358,7 @@ def test_the_collector_plays_in_the_same_environment():
 def test_lift(monkeypatch, tmp_path, capsys):
     """The real task, in episodes of 100 steps, from data of the right shape; and again, stopped and resumed."""
     write_robomimic(tmp_path / "data.hdf5", [20] * 5)
-    flags = ["--dataset", tmp_path / "data.hdf5", *SMALL, "--offline-steps", 50, "--online-start", 40]
+    flags = ["--dataset", tmp_path / "data.hdf5", *OFFLINE_SMALL, "--offline-steps", 50, "--online-start", 40]
     flags += ["--eval-episodes", 1, "--eval-every", 1000]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(script.ROBOSUITE, "lift", ("Lift", 100))
@@ -400,7 +393,8 @@ def test_can_and_square(task):
 
 def test_cube_single_on_collected_data(start, tmp_path):
     """A short run on the oracle's play data: the loss of flow matching falls clearly; then the real task online."""
-    flags = ["--env-id", CUBE, *SMALL, "--velocity-dim", 64, "--batch-size", 64, "--eval-episodes", 1, "--collect", 1]
+    flags = ["--env-id", CUBE, "--collect", 1, *OFFLINE_SMALL, "--velocity-dim", 64, "--batch-size", 64]
+    flags += ["--eval-episodes", 1]
     done = start(*flags, "--offline-steps", 500, "--online-steps", 250, "--online-start", 200, name=NAME)
     assert done.returncode == 0, done.stderr
     assert "collecting 1 scripted episodes" in done.stderr

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import tiny_envs
 import torch
-from helpers import checkpoint, interrupt_after_should_save, the_run, write_minari
+from helpers import OFFLINE_SMALL, checkpoint, interrupt_after_should_save, the_run, write_minari
 
 import sac_flow_offline2online as script
 
 for package in ("h5py", "minari"):
     pytest.importorskip(package)
-
-SMALL = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --sigma-dim 16 --batch-size 16 --no-compile --no-cuda".split()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,7 @@ def train(tmp_path, monkeypatch):
         folder.mkdir()
         monkeypatch.chdir(folder)
         of_data = ["--env-id", "tests/data-v0", "--dataset", data]
-        monkeypatch.setattr("sys.argv", ["x", *map(str, [*of_data, *SMALL, *flags])])
+        monkeypatch.setattr("sys.argv", ["x", *map(str, [*of_data, *OFFLINE_SMALL, *flags])])
         monkeypatch.setattr(tiny_envs.Recorded, "made", [])
         script.main()
         return the_run(folder)
