@@ -989,6 +989,17 @@ def test_learns_to_walk_home(run, tmp_path, crossq):
     assert checkpoint(the_run(tmp_path))["best"] > -5, returns(the_run(tmp_path), "eval.csv")
 
 
+@pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
+def test_the_gaussian_learns_to_walk_home(start, tmp_path, crossq):
+    """And, at its own target entropy of -1, stays there: -1.8 or better at every evaluation from step 800 to 3 200."""
+    flags = "--env-id tiny_envs:Home-v0 --total-timesteps 1600 --learning-starts 300 --actor-delay 1".split()
+    flags += "--eval-every 400 --eval-episodes 10 --policy-dim 16 --critic-dim 64 --batch-size 64".split()
+    done = start(*flags, "--actor-average", 0.99, "--no-compile", "--no-cuda", crossq, name="sac_gaussian")
+    assert done.returncode == 0, done.stderr
+    found = [float(row[2]) for row in returns(the_run(tmp_path), "eval.csv")[1:]]
+    assert len(found) == 5 and min(found[2:]) > -3, found
+
+
 # --- CUDA ---
 
 
