@@ -125,7 +125,7 @@ class Args:
     # Flow-G runs continued from step 100 000 to 110 000 and evaluated every 1 000 or 2 000 steps: the frozen policy's
     # lowest return, as a fraction of the training episodes' return at that time. Walker2d-v4, two seeds: 0.36 and 0.47
     # (decay 0.995), 0.98 and 1.08 (0.999), 0.94 and 1.09 (0.9995), 0.19 and 0.15 (last weights). Hopper-v4, two seeds:
-    # 1.25 or more with any decay from 0.995 up.
+    # 1.25 or more with each decay tried from 0.995 up.
     actor_average: float = 0.999
     """decay per actor update of the averaged weights, which are evaluated and saved as policy.pt; they lag behind by
     about 1 / (1 - decay) updates; 0: use the last weights"""
@@ -335,7 +335,7 @@ class Actor(nn.Module):
         return action, (log_prob - log_slope).sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """Total entropy in nats with this sigma everywhere; the action's part is capped at that of a uniform action."""
+        """Entropy in nats, over all dimensions, with this sigma everywhere; an action's is at most a uniform one's."""
         one = torch.ones_like(self.scale)
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
         for i in range(self.flow_steps):
@@ -395,8 +395,8 @@ class BatchRenorm(nn.Module):
 
     def forward(self, x):
         # Everything is folded into one scale and one shift per feature, so that x is read only once more after its
-        # statistics. The stacks force both, and their gradients in the backward pass, into memory: otherwise compiled
-        # loops over x would repeat the roots and divisions for every element.
+        # statistics. The stacks force all four, and their gradients in the backward pass, into memory: otherwise
+        # compiled loops over x would repeat the roots and divisions for every element.
         if self.training:
             var, mean = torch.stack(torch.var_mean(x, dim=0, correction=0))
             std = torch.sqrt(var + self.eps)
@@ -726,7 +726,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(what: str):
-    """Turn any exception inside it into a one-line error: `what` and the reason."""
+    """Turn an exception inside the block into a one-line error: `what` and the reason."""
     try:
         yield
     except Failure:

@@ -462,7 +462,7 @@ class Actor(nn.Module):
         return action, (log_prob - log_slope).sum(1), path
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
-        """Total entropy in nats with this sigma everywhere; the action's part is capped at that of a uniform action."""
+        """Entropy in nats, over all dimensions, with this sigma everywhere; an action's is at most a uniform one's."""
         one = torch.ones_like(self.scale)
         log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
         for i in range(self.flow_steps):
@@ -863,7 +863,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(what: str):
-    """Turn any exception inside it into a one-line error: `what` and the reason."""
+    """Turn an exception inside the block into a one-line error: `what` and the reason."""
     try:
         yield
     except Failure:

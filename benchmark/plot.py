@@ -148,7 +148,7 @@ def scaled(score: np.ndarray, env: str) -> np.ndarray:
 def matrices(all_scores: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Scaled scores (seeds, environments) of each name, in the environments that all names share and that have a range.
 
-    `all_scores` is environment -> name -> scores. rliable needs equally many seeds of each environment: the first ones.
+    `all_scores` is environment -> name -> scores. rliable needs as many seeds in each environment: the first are taken.
     """
     names = list(dict.fromkeys(name for groups in all_scores.values() for name in groups))
     envs = []
@@ -206,10 +206,10 @@ def improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def adastop(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], str]:
     """AdaStop's decision on each pair of names, from their scores in the order of seeds, at a family-wise level of 5 %.
 
-    It looks at most LOOKS times, after each SEEDS_PER_LOOK further seeds, at the names that have them. Decisions are
-    ">", "<", "not told apart", or "needs ... seeds". adastop 0.1.3 compares an absolute difference with a one-sided
-    quantile, so that it tells twice as many equal algorithms apart as its level says (55 of 600 at 0.05 with one look):
-    it is given half the level.
+    It looks at most LOOKS times, after each SEEDS_PER_LOOK further seeds, as far as all names have them; names with
+    fewer than SEEDS_PER_LOOK are left out. Decisions are ">", "<", "not told apart", or "needs ... seeds". adastop
+    0.1.3 compares an absolute difference with a one-sided quantile, so that it tells twice as many equal algorithms
+    apart as its level says (55 of 600 at 0.05 with one look): it is given half the level.
     """
     decided = {pair: f"needs {SEEDS_PER_LOOK} seeds" for pair in itertools.combinations(scores, 2)}
     names = [name for name, values in scores.items() if len(values) >= SEEDS_PER_LOOK]

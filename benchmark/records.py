@@ -84,7 +84,7 @@ class Run:
     seconds: Optional[np.ndarray] = None
     """time spent training"""
     success: Optional[np.ndarray] = None
-    """success rate of the episodes, of offline-to-online runs"""
+    """success rate of each evaluation, in offline-to-online runs"""
     offline: float = 0.0
     """the last step of the offline phase"""
     flags: dict = field(default_factory=dict)

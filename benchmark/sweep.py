@@ -54,7 +54,7 @@ class Args:
     file: Optional[str] = None
     """a sweep.json to take the above from; flags given with it take precedence"""
     cores_per_run: int = 1
-    """cores, and threads, per run; as many runs as there are cores for go side by side"""
+    """cores, and threads, per run; as many runs go side by side as there are cores for"""
     gpus_per_run: float = 0.0
     """GPUs per run, or a fraction of one: with 0.25, four runs share a GPU; 0: on the CPU"""
     address: str = "local"
@@ -403,7 +403,7 @@ def start_ray(args: Args):
 
 
 def run_all(args: Args, runs: list[Run], screen: Screen, ray, slots: int) -> int:
-    """Run all that wait, until they have ended or are stopped. Returns the number of the signal that did so, or 0."""
+    """Run all that wait, until they end or are stopped. Returns the number of the signal that stopped them, or 0."""
     environ = {name: str(args.cores_per_run) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
     paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     environ["PYTHONPATH"] = os.pathsep.join(paths)  # a user's environments lie beside the scripts, not the controls

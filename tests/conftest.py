@@ -46,7 +46,7 @@ def script(request):
 
 @pytest.fixture
 def shared():
-    """sac_flow_g.py alone, where a test is of text that the scripts share (test_project.py), and of no velocity."""
+    """sac_flow_g.py alone, for tests of text that the scripts share (test_project.py) and that no velocity affects."""
     return importlib.import_module("sac_flow_g")
 
 

@@ -65,7 +65,8 @@ def train(tmp_path, monkeypatch):
 def test_what_cloning_cannot_do_is_learned(train, data, flags):
     """Home-v0: offline random actions are cloned alone (a large beta), online nothing holds the policy to them.
 
-    Seeds 1 to 3 return -8.3 to -11.1, then -2.2 to -3.1. Standing still returns -9.8, walking straight home -1.8.
+    Seeds 1 to 3 return -8.3 to -11.1, then -2.2 to -3.1. Standing still returns -10.0 to -10.6, walking straight home
+    -1.9 to -2.1.
     """
     flags = flags.split()
     flags += "--critic-dim 64 --velocity-dim 32 --batch-size 64 --chunk 2 --flow-steps 2 --tau 0.05".split()

@@ -18,8 +18,8 @@ def test_every_policy_is_listed():
 def test_policy_returns_what_it_is_said_to(start, row):
     """One deterministic episode; the bound leaves room for other versions of MuJoCo and other processors.
 
-    On Humanoid-v4 an episode lasts, or ends in a fall after a few steps or hundreds: four of them, and a bound that is
-    still far above what a policy returns that cannot walk (121 if its actions are random).
+    On Humanoid-v4 an episode may last to the end or end in a fall, after a few steps or hundreds. So there are four
+    episodes and a lower bound, about 900 and 1 100, still far above what random actions return (121).
     """
     episodes, share = (4, 0.25) if row["env_id"] == "Humanoid-v4" else (1, 0.8)
     done = start("--evaluate", FOLDER / row["file"], "--eval-episodes", episodes, "--no-cuda", name=row["script"])

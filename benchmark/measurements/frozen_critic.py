@@ -79,7 +79,7 @@ def train(script, old_actor, critics, all_obs, alpha, k, scale, score_step, seed
 def draw(rows: list[dict], path: Path) -> None:
     """A column of panels per setting: against the update, each velocity's mean over seeds and, as a band, their range.
 
-    The loss is shown relative to the lowest of the velocities' on the same batch, which removes the batch's noise.
+    The loss is shown as its excess over the lowest of the velocities' on the same batch, which removes batch noise.
     """
     plt = pyplot()
     setting_of = itemgetter("K", "weight_scale", "score_step")
