@@ -61,10 +61,11 @@ def test_what_a_killed_compilation_left_is_cleared_away(monkeypatch, tmp_path):
     assert script.find_compiler(torch.device("cpu")) is script.unchanged  # without a place to compile: eager
 
 
-def test_compiled_with_target_networks(run, tmp_path):
+def test_compiled_with_target_networks(start, tmp_path):
     """With tau = 1 the target networks are the critics; a fixed alpha stays where it is."""
     flags = ["--no-crossq", "--tau", 1, "--no-autotune", "--alpha", 0.25, "--compile", "--env-id", "Humanoid-v4"]
-    done = run(*SMALL, *flags, "--flow-steps", 1, "--total-timesteps", 230, "--learning-starts", 200)
+    flags += ["--flow-steps", 1, "--total-timesteps", 230, "--learning-starts", 200]
+    done = start(*SMALL, *flags, name="sac_flow_g")
     assert done.returncode == 0 and "continuing without it" not in done.stderr, done.stderr
     state = checkpoint(the_run(tmp_path))
     assert_same(state["targets"], state["critics"])
@@ -977,17 +978,18 @@ def test_full_disk_while_logging(run, tmp_path):
 
 
 @pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
-def test_learns_to_walk_home(run, tmp_path, crossq):
+def test_learns_to_walk_home(run, name, tmp_path, crossq):
     """Home-v0: from the ten starts standing still returns -8.6, walking straight home -1.4.
 
-    The best of eight evaluations counts: on a task this small, with a target entropy this large, a policy that has
-    found the way may lose it again.
+    The best evaluation counts: on a task this small, with a target entropy this large, a policy that has found the way
+    may lose it again. Flow-T with CrossQ's critic does, between steps 800 and 2 000; the others have it from 800 on.
     """
-    flags = "--env-id tiny_envs:Home-v0 --total-timesteps 3200 --learning-starts 300 --actor-delay 1".split()
-    flags += ["--eval-every", 400, "--eval-episodes", 10]
-    done = run(*SMALL, *flags, "--critic-dim", 64, "--batch-size", 64, "--actor-average", 0.99, crossq)
+    steps = 3200 if (name, crossq) == ("sac_flow_t", "--crossq") else 1600
+    flags = "--env-id tiny_envs:Home-v0 --learning-starts 300 --actor-delay 1 --eval-every 400".split()
+    flags += ["--total-timesteps", steps, "--eval-episodes", 10, "--actor-average", 0.99, crossq]
+    done = run(*SMALL, *flags, "--critic-dim", 64, "--batch-size", 64)
     assert done.returncode == 0, done.stderr
-    assert checkpoint(the_run(tmp_path))["best"] > -5, returns(the_run(tmp_path), "eval.csv")
+    assert checkpoint(the_run(tmp_path))["best"] > -4, returns(the_run(tmp_path), "eval.csv")
 
 
 @pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
