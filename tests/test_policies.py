@@ -16,13 +16,8 @@ def test_every_policy_is_listed():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["file"])
 def test_policy_returns_what_it_is_said_to(start, row):
-    """One deterministic episode; the bound leaves room for other versions of MuJoCo and other processors.
-
-    On Humanoid-v4 an episode may last to the end or end in a fall, after a few steps or hundreds. So there are four
-    episodes and a lower bound, about 900 and 1 100, still far above what random actions return (121).
-    """
-    episodes, share = (4, 0.25) if row["env_id"] == "Humanoid-v4" else (1, 0.8)
-    done = start("--evaluate", FOLDER / row["file"], "--eval-episodes", episodes, "--no-cuda", name=row["script"])
+    """One deterministic episode; the bound leaves room for other versions of MuJoCo and other processors."""
+    done = start("--evaluate", FOLDER / row["file"], "--eval-episodes", 1, "--no-cuda", name=row["script"])
     assert done.returncode == 0, done.stderr
     returned = float(re.search(r"^deterministic: return (\S+)", done.stdout, re.M)[1])
-    assert returned > share * float(row["return"])
+    assert returned > 0.8 * float(row["return"])
