@@ -61,11 +61,10 @@ def test_what_a_killed_compilation_left_is_cleared_away(monkeypatch, tmp_path):
     assert script.find_compiler(torch.device("cpu")) is script.unchanged  # without a place to compile: eager
 
 
-def test_compiled_with_target_networks(start, tmp_path):
+def test_compiled_with_target_networks(run, tmp_path):
     """With tau = 1 the target networks are the critics; a fixed alpha stays where it is."""
     flags = ["--no-crossq", "--tau", 1, "--no-autotune", "--alpha", 0.25, "--compile", "--env-id", "Humanoid-v4"]
-    flags += ["--flow-steps", 1, "--total-timesteps", 230, "--learning-starts", 200]
-    done = start(*SMALL, *flags, name="sac_flow_g")
+    done = run(*SMALL, *flags, "--flow-steps", 1, "--total-timesteps", 230, "--learning-starts", 200)
     assert done.returncode == 0 and "continuing without it" not in done.stderr, done.stderr
     state = checkpoint(the_run(tmp_path))
     assert_same(state["targets"], state["critics"])
@@ -85,10 +84,10 @@ def test_compiled_is_eager(run, tmp_path, device):
     for part in ("actor", "average", "critics"):
         torch.testing.assert_close(compiled[part], eager[part], rtol=1e-2, atol=1e-3)
     # In so few updates weights move by little more than these tolerances. Adam's first moments average the gradients.
-    for part in ("actor_optimizer", "critic_optimizer"):
-        states = [checkpoint_[part]["state"] for checkpoint_ in (compiled, eager)]
-        for i, moments in states[1].items():
-            torch.testing.assert_close(states[0][i]["exp_avg"], moments["exp_avg"], rtol=1e-2, atol=1e-4)
+    for optimizer in ("actor_optimizer", "critic_optimizer"):
+        for i, state in eager[optimizer]["state"].items():
+            moments = compiled[optimizer]["state"][i]["exp_avg"]
+            torch.testing.assert_close(moments, state["exp_avg"], rtol=1e-2, atol=1e-4)
 
 
 def test_without_a_compiler_it_goes_on(run, tmp_path):
@@ -981,15 +980,18 @@ def test_full_disk_while_logging(run, tmp_path):
 def test_learns_to_walk_home(run, name, tmp_path, crossq):
     """Home-v0: from the ten starts standing still returns -8.6, walking straight home -1.4.
 
-    The best evaluation counts: on a task this small, with a target entropy this large, a policy that has found the way
-    may lose it again. Flow-T with CrossQ's critic does, between steps 800 and 2 000; the others have it from 800 on.
+    Found by step 800, the way is kept. But on a task this small, with a target entropy this large, Flow-T with CrossQ's
+    critic first strays to -20 and is back at step 2 400 (-2.5): of its evaluations the best counts.
     """
-    steps = 3200 if (name, crossq) == ("sac_flow_t", "--crossq") else 1600
+    strays = (name, crossq) == ("sac_flow_t", "--crossq")
+    steps = 3200 if strays else 1600
     flags = "--env-id tiny_envs:Home-v0 --learning-starts 300 --actor-delay 1 --eval-every 400".split()
     flags += ["--total-timesteps", steps, "--eval-episodes", 10, "--actor-average", 0.99, crossq]
     done = run(*SMALL, *flags, "--critic-dim", 64, "--batch-size", 64)
     assert done.returncode == 0, done.stderr
-    assert checkpoint(the_run(tmp_path))["best"] > -4, returns(the_run(tmp_path), "eval.csv")
+    rows = returns(the_run(tmp_path), "eval.csv")[1:]
+    found = [float(value) for step, kind, value, *_ in rows if int(step) >= 1200 and kind == "deterministic"]
+    assert max(found) > -3 if strays else min(found) > -3, rows
 
 
 @pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
