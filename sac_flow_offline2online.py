@@ -1,9 +1,9 @@
 """SAC Flow offline-to-online: clone a flow policy from manipulation data, then improve it online with SAC.
 
 The policy generates a chunk of h actions in K steps along a velocity network. Offline, flow matching fits it to the
-data, while the critics, SAC's loss and a BC term train on the same data; online, the chunks are executed, and all of
-this but flow matching goes on. In both phases the critics' gradient runs back through the policy's own sampling loop,
-which a gate (Flow-G) or a decoder (Flow-T) in the velocity is meant to keep stable.
+data, while critics and actor train on the same data with SAC's losses and a behaviour-cloning (BC) term; online, the
+chunks are executed, and all of this but flow matching goes on. In both phases the critics' gradient runs back through
+the policy's own sampling loop, which a gate (Flow-G) or a decoder (Flow-T) in the velocity is meant to keep stable.
 Paper: "SAC Flow", arXiv 2509.25756; benchmark/rnn_equivalence.md derives the equations that comments cite.
 
     pip install -r requirements.txt -r benchmark/demonstrations/requirements.txt
@@ -70,7 +70,7 @@ EPISODE = "sac_flow_episode"  # where an episode's last info has its return and 
 LOSSES = (
     "qf_loss", "qf_values", "actor_loss", "flow_matching", "bc", "alpha_loss", "alpha", "entropy", "alpha_log_prob",
 )  # fmt: skip
-# robosuite's tasks: the environment's name, and the steps after which QC and the authors' code truncate an episode
+# robosuite's tasks: the environment's name, and the steps after which the authors' code truncates an episode
 ROBOSUITE = {"lift": ("Lift", 300), "can": ("PickPlaceCan", 300), "square": ("NutAssemblySquare", 400)}
 SCORES = ("success_rate", "success_low", "success_high", "return", "return_error", "length")  # of an evaluation
 COLUMNS = ("obs", "action", "reward", "terminated", "last", "next_obs")  # of a row of the replay buffer
@@ -191,9 +191,9 @@ class Args:
     flow_steps: int = 4
     """K, steps from noise to action"""
     score_step: Literal["exponential", "euler", "none"] = "exponential"
-    """how to integrate the score, which preserves a true flow's marginals; euler: as in the paper"""
+    """how to integrate the score, which preserves a true flow's marginals; euler: as in the paper; none: no score"""
     sigma: float = 0.1
-    """initial noise scale of the rollout, fixed with --no-learn-sigma; the same for every loss, phase and action"""
+    """initial noise scale of the rollout, fixed with --no-learn-sigma; for all losses, both phases and acting"""
     learn_sigma: bool = True
     """learn sigma from the observation; --no-learn-sigma needs --no-autotune"""
     sigma_dim: int = 128
@@ -546,7 +546,7 @@ def flow_matching_loss(actor, batch, noise, t):
     """mean own ((x1 - x0) - v(t, (1 - t) x0 + t x1, s))^2, x0 = noise (B, D), x1 the data's action before the squash.
 
     The mean is over batch and dimensions. Flow times t (B, 1) are uniform in [0, 1). Where a chunk runs past the end of
-    its episode, the later actions are inputs of v, as in QC, but have no error of their own.
+    its episode, the later actions are inputs of v, as in Q-chunking (arXiv 2507.07969), but have no error of their own.
     """
     obs, action, own, *_ = batch
     x1 = actor.unsquash(action)
@@ -958,15 +958,15 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     if args.offline_steps + args.online_steps == 0:
         fail("--online-steps must be above 0 if --offline-steps is 0")
     if 0 < args.online_steps <= args.online_start:
-        fail(f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: raise that")
+        fail(f"--online-start {args.online_start} leaves no update: raise --online-steps {args.online_steps}")
     if not (args.resume or args.evaluate):
         package = benchmark_of(args.env_id, args.dataset)
         if args.obs_keys and package not in ("robosuite", "pyarrow"):
             fail("--obs-keys is for robomimic's files and LeRobot's data sets: drop the flag")
         if args.sparse and package != "ogbench":
             fail("--sparse is for OGBench: drop the flag")
-    if args.collect and (args.dataset or benchmark_of(args.env_id) == "minari"):
-        fail("--collect is for robosuite and OGBench without --dataset; benchmark/demonstrations makes other data")
+    if args.collect and (args.dataset or not has_experts(args.env_id)):
+        fail("--collect is for lift, can, square and OGBench's play sets, without --dataset")
     if args.target_entropy is not None and not args.autotune:
         fail("--target-entropy needs --autotune, which pursues it: drop one of the flags")
     if args.online_fraction and not round(args.online_fraction * args.batch_size):
@@ -1017,10 +1017,10 @@ def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, n
     low = np.array(about_data["low"])
     high = np.array(about_data["high"])
     print(f"--rescale-actions: the data's actions are from {low} to {high}", file=sys.stderr)
-    constant = low == high
+    constant = high - low <= 1e-6 * np.maximum(abs(low), abs(high))  # up to rounding
     if constant.any():
         which = ", ".join(map(str, np.flatnonzero(constant)))
-        note(f"action {which} is always the same there: it becomes the middle of its range")
+        note(f"action {which} is always the same in the data: it becomes the middle of its range")
     return low - constant, high + constant
 
 
@@ -1033,7 +1033,7 @@ def make_networks(args: Args, env: gym.Env, device: torch.device, about_data: di
     obs_dim = env.observation_space.shape[0]
     action_dim = env.action_space.low.size
     low, high = bounds_of(args, env, about_data)
-    rows = about_data["rows"] + args.online_steps + args.chunk  # the newest chunks run on into zeros
+    rows = about_data["rows"] + args.online_steps + args.chunk  # chunks run on into zeros until the ring is full
     if args.online_fraction is not None and rows > args.buffer_size:
         fail(f"--online-fraction tells data from experience by their place: --buffer-size must be at least {rows}")
     sizes = " ".join(f"{flag(name)} {n}" for name, n in vars(args).items() if name.endswith(("_dim", "_size")))
@@ -1229,11 +1229,11 @@ class Run:
         self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.write_row("returns.csv", float(episode["r"]), episode["l"], succeeded(info))
 
-    def report(self, phase: str, kind: str, scores: dict[str, float]) -> None:
+    def report(self, phase: str, scores: dict[str, float]) -> None:
         """Record an evaluation."""
         self.write_scalars({f"eval/{name}": value for name, value in scores.items()})
         shown = [f"{value:.5g}" for value in scores.values()]
-        self.write_row("eval.csv", phase, kind, *shown, self.args.eval_episodes)
+        self.write_row("eval.csv", phase, "stochastic", *shown, self.args.eval_episodes)
         tqdm.write(f"step {self.progress.step}, {phase}: {describe(scores)}")
 
     def write_scalars(self, scalars: dict[str, float]) -> None:
@@ -1449,7 +1449,7 @@ def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
     elif not dataset:
         package = "minari"
     else:
-        path = Path(dataset).expanduser()
+        path = Path(os.path.expanduser(dataset))
         own = path.suffix in (".npz", ".hdf5", ".h5") or any(path.glob("*.npz"))
         own = own or ":" in env_id or env_id in gym.registry  # a run can be resumed after its data is gone
         package = "pyarrow" if is_lerobot(path) else "gymnasium" if own else "minari"
@@ -1468,6 +1468,11 @@ def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
 def is_lerobot(path: Path) -> bool:
     """Whether a folder holds a LeRobot data set."""
     return (path / "meta" / "info.json").is_file()
+
+
+def has_experts(env_id: str) -> bool:
+    """Whether benchmark/demonstrations has a scripted expert for the task."""
+    return env_id in ROBOSUITE or "-play-singletask" in env_id
 
 
 def play_set(env_id: str) -> str:
@@ -1498,9 +1503,10 @@ def robomimic_kwargs(path: str, env_id: str) -> dict:
     if env_args.get("env_name", name) != name:
         fail(f"{path} is of {env_args['env_name']}, not of --env-id {env_id}: {remedy}")
     if version.split(".")[:2] != here.split(".")[:2]:
-        fail(f"{path} was made with robosuite {version}, here is {here}: {remedy}, or install that version")
+        fail(f"{path} was made with robosuite {version}, but {here} is installed: {remedy}, or install that version")
     if "body_parts" not in controller:
-        fail(f"{path} has a controller of robosuite before 1.5 ({controller.get('type')}), here is {here}: {remedy}")
+        kind = controller.get("type")
+        fail(f"{path} has a controller from before robosuite 1.5 ({kind}), but {here} is installed: {remedy}")
     if kwargs.get("reward_shaping"):
         fail(f"{path} has shaped rewards, none of which marks success: {remedy}")
     return kwargs
@@ -1568,8 +1574,7 @@ def extent_of(space: gym.spaces.Box) -> np.ndarray:
 def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     """The task as a gymnasium environment, with one-line errors for those that do not exist or cannot be controlled."""
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    headless = sys.platform == "linux" and not display
-    if headless:
+    if sys.platform == "linux" and not display:
         os.environ.setdefault("MUJOCO_GL", "egl" if render_mode else "disabled")
     package = benchmark_of(args.env_id, args.dataset)
     kwargs = read_kwargs(args.env_kwargs)
@@ -1601,12 +1606,12 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
     obs = env.observation_space
     action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
-        fail(f"--env-id {args.env_id}: observations must be a Box of one dimension, not {obs}; choose another task")
+        fail(f"--env-id {args.env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
-        fail(f"--env-id {args.env_id}: actions must be a Box of real numbers, not {action}; choose another task")
+        fail(f"--env-id {args.env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
     extent = extent_of(action)
     if not (extent.size and (extent > 0).all()) or not (np.isfinite(extent).all() or args.rescale_actions):
-        remedy = "choose another task, or use the data's with --rescale-actions"
+        remedy = "wrap the environment, or use the data's bounds with --rescale-actions"
         fail(f"--env-id {args.env_id}: every action needs finite bounds, low < high, not {action}; {remedy}")
     if env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms"):
         fail(f"--env-id {args.env_id}: what NormalizeObservation or NormalizeReward saw is not saved; drop the wrapper")
@@ -1616,6 +1621,8 @@ def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
 
             env.reset(seed=0)
             env.render()
+            if package == "ogbench":  # its manipulation tasks leave this None, which RecordVideo would refuse
+                env.unwrapped.render_mode = render_mode
     if endless:
         limit = """--env-kwargs '{"max_episode_steps": 1000}'"""
         note(f"{args.env_id} has no time limit: episodes are truncated after 10 000 steps, or as {limit} says")
@@ -1648,7 +1655,7 @@ def collect(args: Args, looked: list[Path], advice: str) -> Path:
     suffix = ".hdf5" if args.env_id in ROBOSUITE else ".npz"
     name = play_set(args.env_id)
     places = ", ".join(map(str, looked))
-    experts = "" if args.env_id.startswith("robosuite/") else ", or --collect 100 episodes"
+    experts = ", or --collect 100 episodes" if has_experts(args.env_id) else ""
     path = Path("data") / f"{name}-{episodes}{suffix}"
     if episodes and path.is_file():
         return path
@@ -1671,7 +1678,7 @@ def find_dataset(args: Args) -> list[Path]:
     if benchmark_of(args.env_id, args.dataset) == "minari":
         return []
     if args.dataset:
-        path = Path(args.dataset).expanduser()
+        path = Path(os.path.expanduser(args.dataset))
         files = [path]
         if path.is_dir() and not is_lerobot(path):
             files = sorted(file for file in path.glob("*.npz") if not file.stem.endswith("-val"))
@@ -1682,7 +1689,7 @@ def find_dataset(args: Args) -> list[Path]:
     if benchmark_of(args.env_id) == "robosuite":
         folder = Path.home() / ".robomimic" / args.env_id
         published = [folder / kind / "low_dim_v15.hdf5" for kind in ("mh", "ph")]
-        advice = "download robomimic's low_dim_v15.hdf5 there, "
+        advice = "download robomimic's low_dim_v15.hdf5 there or "
     else:
         import ogbench
 
@@ -1704,7 +1711,7 @@ def minari_dataset(args: Args):
         own = "and with --dataset FILE.npz or FILE.hdf5 any gymnasium id"
         fail(f"--env-id {args.env_id}: no such task; there are {', '.join(ROBOSUITE)}, {examples} and the like, {own}")
     if args.dataset:
-        os.environ["MINARI_DATASETS_PATH"] = str(Path(args.dataset).expanduser())
+        os.environ["MINARI_DATASETS_PATH"] = os.path.expanduser(args.dataset)
     try:
         return minari.load_dataset(args.env_id, download=True)  # if it is not there
     except Exception as error:
@@ -1892,6 +1899,8 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
             data = {key: np.asarray(values, np.float32) for key, values in data.items()}
     except KeyError as error:
         fail(f"{path} lacks what a data set for --env-id {args.env_id} has ({error.args[0]}): name another --dataset")
+    except FileNotFoundError:
+        fail(f"{path} is gone: put it back")
     except Exception as error:
         what = f"is truncated, corrupted or of another format ({first_line(error)})"
         fail(f"{path} {what}: fetch it again, or name another --dataset")
@@ -1921,8 +1930,14 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(columns, axis=1))
 
 
-def read_data(files: list[str], env: gym.Env, args: Args) -> tuple[torch.Tensor, dict]:
-    """The rows of the first file and the statistics of all files, which are all checked before the work begins."""
+def find_data(args: Args, env: gym.Env, checkpoint: Optional[dict]):
+    """The files of the data, the rows of the first, and the statistics of all, checked before the work begins.
+
+    From a checkpoint, which holds the rows in use, no rows are returned and no file is read.
+    """
+    if checkpoint:
+        return checkpoint["progress"]["files"], None, checkpoint["progress"]["data_statistics"]
+    files = [str(path.resolve()) for path in find_dataset(args)]
     parts = []
     for file in reversed(files or [None]):
         data = None  # frees the previous file's rows, which may be many
@@ -1933,15 +1948,7 @@ def read_data(files: list[str], env: gym.Env, args: Args) -> tuple[torch.Tensor,
         low=np.min([part["low"] for part in parts], axis=0).tolist(),
         high=np.max([part["high"] for part in parts], axis=0).tolist(),
     )
-    return data, about_data
-
-
-def find_data(args: Args, env: gym.Env, checkpoint: Optional[dict]):
-    """The files of the data, the rows of the first (None for a checkpoint, which holds them), and the statistics."""
-    if checkpoint:
-        return checkpoint["progress"]["files"], None, checkpoint["progress"]["data_statistics"]
-    files = [str(path.resolve()) for path in find_dataset(args)]
-    return files, *read_data(files, env, args)
+    return files, data, about_data
 
 
 def describe_data(buffer: ReplayBuffer, name: str, chunk: int) -> None:
@@ -1956,8 +1963,8 @@ def describe_data(buffer: ReplayBuffer, name: str, chunk: int) -> None:
     until = np.append(successes, 2 * len(last))[np.searchsorted(successes, index)] - index  # rows to a termination
     share = np.mean((left >= chunk) | (until < left))
     ending = len(set(np.searchsorted(ends, successes)))
-    steps = f"{lengths.min()} to {lengths.max()} steps, {ending} of which terminate"
-    count = f"{len(last)} transitions of {name} in {len(ends)} episodes of {steps}"
+    episodes = f"{len(ends)} episodes of {lengths.min()} to {lengths.max()} steps ({ending} terminate)"
+    count = f"{len(last)} transitions of {name} in {episodes}"
     print(f"{count}; the critics learn from {share:.0%} of the chunks", file=sys.stderr)
     if len(ends) == 1:
         note(f"{name} is one episode: are its terminals and timeouts right?")
@@ -2015,11 +2022,12 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
         returns.append(float(info[EPISODE]["r"]))
         lengths.append(info[EPISODE]["l"])
         successes.append(succeeded(info))
-    known = not np.isnan(successes).all()  # some environments report nothing but successes
-    rate = np.nansum(successes) / episodes if known else math.nan
-    interval = success_interval(int(np.nansum(successes)), episodes) if known else (math.nan, math.nan)
+    success = [math.nan] * 3
+    if not np.isnan(successes).all():  # some environments report nothing but successes
+        count = int(np.nansum(successes))
+        success = [count / episodes, *success_interval(count, episodes)]
     error = np.std(returns) / math.sqrt(max(episodes - 1, 1))  # np.std divides by n; the sample's deviation by n - 1
-    values = [rate, *interval, np.mean(returns), error, np.mean(lengths)]
+    values = [*success, np.mean(returns), error, np.mean(lengths)]
     return dict(zip(SCORES, values, strict=True))
 
 
@@ -2029,7 +2037,7 @@ def score(run: Run, choose, env: gym.Env, eval_env: gym.Env, device: torch.devic
     with run.paused(), fork_random(args.seed, device, env):
         scores = evaluate(choose, eval_env, args.eval_episodes, args.seed)
     phase = "offline" if run.progress.step <= args.offline_steps else "online"
-    run.report(phase, "stochastic", scores)
+    run.report(phase, scores)
 
 
 def log_gradient_norms(run: Run, actor: Actor, critics, buffer: ReplayBuffer, env: gym.Env, alpha, beta) -> None:

@@ -140,8 +140,8 @@ class Args:
     """CrossQ critic: BatchRenorm and a joint forward pass, no target networks; --no-crossq: SAC with target networks"""
     tau: float = 0.005
     """with --no-crossq: update rate of the target networks' moving average"""
-    # CrossQ switches to running statistics after 100 000 batches. On Humanoid-v4 that ruined Flow-G (seen up to step
-    # 115 000) and the Gaussian, whose mean return from step 110 000 to 200 000 was 2 967, with drops to 450, against
+    # CrossQ switches to running statistics after 100 000 batches. On Humanoid-v4 that halved Flow-G's return (seen up
+    # to step 115 000); the Gaussian's mean return from step 110 000 to 200 000 was 2 967, with drops to 450, against
     # 5 263 without the switch. Flow-G did not suffer on HalfCheetah-v4 (up to 112 500) or Hopper-v4 (up to 150 000).
     # One seed each.
     renorm_warmup: Optional[int] = None
@@ -299,7 +299,7 @@ class Actor(nn.Module):
         # exponential step, -1 would imply a sigma of 1.5 at K = 16, and no sigma meets it from K = 69 on. Returns after
         # 30 000 steps with K = 16 (target lowered / left at -1): Walker2d-v4 Flow-G 1 616 / 1 434 and 675 / 590, Flow-T
         # 706 / 1 822 and 690 / 620; Ant-v4 Flow-G 332 / 387, Flow-T 590 / 464: lowering it brings no clear gain, but
-        # makes |dL/dA_0| 4 to 20 times as large.
+        # makes |dL/dA_0| 3 to 20 times as large.
         # Path: the paper's target, 0 for every K, implies a sigma of 0.46 at K = 4, but of 1.4 at K = 16. With that
         # target and K = 16, Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps; with the default, the entropy at
         # sigma 0.46, 559 and 598 (frozen averages, two seeds). With Euler's step, sigma 0.46 has a path entropy of 1.2

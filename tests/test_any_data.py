@@ -187,7 +187,7 @@ def test_data_are_described_and_what_looks_wrong_is_noted(capsys):
     buffer = script.ReplayBuffer(20, 1, 1, torch.device("cpu"))
     buffer.fill(rows)
     script.describe_data(buffer, "some.npz", 3)
-    said = "10 transitions of some.npz in 3 episodes of 2 to 5 steps, 2 of which terminate"
+    said = "10 transitions of some.npz in 3 episodes of 2 to 5 steps (2 terminate)"
     assert capsys.readouterr().err == f"{said}; the critics learn from 60% of the chunks\n"
     script.describe_data(buffer, "some.npz", 6)
     assert "50% of the chunks" in capsys.readouterr().err
@@ -382,6 +382,21 @@ def test_a_constant_action_stays_what_it_is(capsys):
     torch.testing.assert_close(actor.unsquash(torch.tensor([[1.0, 7.5]])), torch.full((1, 2), math.atanh(0.5)))
     said = capsys.readouterr().err
     assert "actions are from [-2.  7.] to [2. 7.]" in said and "action 1 is always the same" in said
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_an_action_that_is_constant_but_for_rounding(capsys, units):
+    """As of a parked joint: a float32 apart, its bounds would round to the same number."""
+    script.note.cache_clear()
+    args = script.Args(REACH, dataset="own.npz", rescale_actions=True, chunk=1, cuda=False)
+    env = script.make_env(args)
+    data = torch.zeros(10, 13)
+    data[:, 4] = torch.linspace(-2, 2, 10)
+    data[:, 5] = 1.5707963
+    data[3, 5] += units * np.spacing(np.float32(1.5707963))
+    actor, *_ = script.make_networks(args, env, torch.device("cpu"), script.data_statistics(data, env))
+    assert "action 1 is always the same in the data" in capsys.readouterr().err
+    np.testing.assert_allclose(script.rescaled(env, actor).action_space.high, [2, 2.5707963], rtol=1e-6)
 
 
 def test_the_unit_of_actions_changes_no_loss():
@@ -645,7 +660,7 @@ def test_robomimic_files_that_do_not_fit(refused, tmp_path):
         robomimic_file(path, **changes)
         refused([*flags, *KEYS], str(path), *texts)
 
-    refuse("robosuite 1.4.1", "here is 1.5", changes=dict(env_version="1.4.1"))
+    refuse("robosuite 1.4.1", "but 1.5", changes=dict(env_version="1.4.1"))
     refuse("controller", "OSC_POSE", controller_configs=dict(type="OSC_POSE", input_max=1))
     refuse("of Stack, not of --env-id lift", env_name="Stack")
     refuse("shaped rewards", reward_shaping=True)

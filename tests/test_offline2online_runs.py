@@ -524,6 +524,8 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse([*data, "--online-start", 500, "--online-steps", 400], "--online-start 500", "no update")
     refuse([*data, "--collect", 5], "--collect", "--dataset")
     refuse(["--env-id", CUBE.replace("task1", "task9"), "--collect", 5], "task9")
+    refuse(["--env-id", CUBE.replace("play", "noisy"), "--collect", 5], "--collect is for lift")
+    refuse(["--env-id", "robosuite/Stack", "--collect", 5], "--collect is for lift")
     refuse([*data, "--capture-video"], "--capture-video", "--evaluate")
     refuse([*data, "--no-autotune", "--target-entropy", 0], "--target-entropy needs --autotune")
     refuse([*data, "--online-fraction", 0.001], "--online-fraction 0.001", "is no chunk")
@@ -551,6 +553,49 @@ def test_nothing_is_downloaded_where_data_are_to_be_collected(monkeypatch, tmp_p
     monkeypatch.setattr(script, "collect", lambda args, looked, advice: Path("collected.npz"))
     assert script.find_dataset(script.Args(env_id=CUBE, collect=episodes)) == [Path("collected.npz")]
     assert downloads == ([] if episodes else ["cube-single-play-v0"])
+
+
+def test_a_collector_is_offered_only_where_there_is_one(refused, monkeypatch, capsys):
+    monkeypatch.setattr(ogbench.utils, "download_datasets", lambda names: None)
+    for env_id, offered in ((CUBE, True), ("antmaze-large-navigate-singletask-v0", False)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            script.find_dataset(script.Args(env_id=env_id, dataset=None))
+        assert ("--collect 100" in capsys.readouterr().err) is offered
+
+
+def test_a_data_file_that_is_gone(refused, tmp_path):
+    """As it may be when a resumed run wants the next of several."""
+    refused(lambda: script.load_data(str(tmp_path / "x.npz"), cube_env(), script.Args(env_id=CUBE)), "is gone: put it")
+
+
+class Arm(gym.Env):
+    """As OGBench's manipulation tasks, it takes a render mode and forgets it."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+    def render(self):
+        return np.zeros((32, 32, 3), np.uint8)
+
+
+def test_a_task_that_forgets_its_render_mode_is_filmed(monkeypatch, tmp_path):
+    pytest.importorskip("moviepy")
+    spec = gym.envs.registration.EnvSpec("tests/Arm-v0", entry_point=Arm, max_episode_steps=5)
+    monkeypatch.setattr(ogbench, "make_env_and_datasets", lambda *_, env_only, **kwargs: gym.make(spec, **kwargs))
+    env = script.record_videos(script.make_env(script.Args(env_id=CUBE), "rgb_array"), tmp_path, "evaluation")
+    script.evaluate(lambda obs: np.zeros(1), env, episodes=1, seed=1)
+    env.close()
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
 
 
 def test_defaults_by_task(monkeypatch):

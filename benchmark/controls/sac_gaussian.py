@@ -138,8 +138,8 @@ class Args:
     """CrossQ critic: BatchRenorm and a joint forward pass, no target networks; --no-crossq: SAC with target networks"""
     tau: float = 0.005
     """with --no-crossq: update rate of the target networks' moving average"""
-    # CrossQ switches to running statistics after 100 000 batches. On Humanoid-v4 that ruined Flow-G (seen up to step
-    # 115 000) and the Gaussian, whose mean return from step 110 000 to 200 000 was 2 967, with drops to 450, against
+    # CrossQ switches to running statistics after 100 000 batches. On Humanoid-v4 that halved Flow-G's return (seen up
+    # to step 115 000); the Gaussian's mean return from step 110 000 to 200 000 was 2 967, with drops to 450, against
     # 5 263 without the switch. Flow-G did not suffer on HalfCheetah-v4 (up to 112 500) or Hopper-v4 (up to 150 000).
     # One seed each.
     renorm_warmup: Optional[int] = None
