@@ -34,6 +34,7 @@ Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-vi
 import contextlib
 import copy
 import csv
+import glob
 import inspect
 import io
 import json
@@ -53,7 +54,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, partial, wraps
 from pathlib import Path
 from traceback import format_exception
-from typing import Literal, NoReturn, Optional
+from typing import Literal, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -89,16 +90,16 @@ class Args:
     """lift, can, square or robosuite/<Name> (robosuite), an OGBench singletask id
     (cube-single-play-singletask-task1-v0), the id of a Minari data set (mujoco/hopper/medium-v0), or with --dataset any
     gymnasium id (my_package:MyEnv-v0)"""
-    env_kwargs: Optional[str] = None
+    env_kwargs: str | None = None
     """arguments of the environment as JSON, such as '{"max_episode_steps": 200}'; they override those in a robomimic
     file"""
-    dataset: Optional[str] = None
+    dataset: str | None = None
     """file with the data (robomimic's .hdf5, OGBench's .npz; for a gymnasium id .npz or .hdf5 with D4RL's keys), a
     folder of .npz files that are used in turn, the folder of a LeRobot data set (version 3), or the root folder of
     Minari data sets; default: where the packages keep their downloads, then data/"""
     obs_keys: tuple[str, ...] = ()
     """parts of the observation, in order; default: robomimic's usual four, or LeRobot's observation.state"""
-    collect: Optional[int] = None
+    collect: int | None = None
     """episodes to collect with scripted experts if there is no data; default: 100 for lift, can and square, else 0"""
     seed: int = 1
     """seed of every random generator"""
@@ -120,11 +121,11 @@ class Args:
     """mirror the TensorBoard log to Weights & Biases"""
     save_every: int = 5_000
     """steps between checkpoints; online, each is saved when an episode ends; one is also saved at the end of the run"""
-    run_name: Optional[str] = None
+    run_name: str | None = None
     """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
-    resume: Optional[str] = None
+    resume: str | None = None
     """folder of a run to continue, bit for bit from an episode's end (on a GPU if its compiled code is still cached)"""
-    evaluate: Optional[str] = None
+    evaluate: str | None = None
     """folder of a run whose policy.pt is played instead of training, or a policy file"""
 
     # Data and critics
@@ -132,7 +133,7 @@ class Args:
     """h, actions that the policy chooses at once and executes one after the other; 1: no chunks"""
     buffer_size: int = 2_000_000
     """capacity of the replay buffer in transitions, the data included; only what the run can fill is allocated"""
-    online_fraction: Optional[float] = None
+    online_fraction: float | None = None
     """share of each online batch drawn from online experience, the rest from the data; default: uniform over both"""
     normalize_observations: bool = False
     """standardise observations by the data's mean and deviation (for a folder, those of its first file)"""
@@ -141,7 +142,7 @@ class Args:
     mapped to the environment's if those are finite. Correct only if the data reach both ends of every action's range"""
     rotate_every: int = 1_000
     """offline steps on each file of a --dataset folder; the last one used stays in the buffer for the online phase"""
-    sparse: Optional[bool] = None
+    sparse: bool | None = None
     """reward -1 until the whole task is done, in place of OGBench's, which is minus the number of parts not yet done;
     on by default for scene and puzzle-3x3"""
     batch_size: int = 256
@@ -164,13 +165,13 @@ class Args:
     # Actor's losses
     actor_lr: float = 3e-4
     """learning rate of the actor"""
-    beta: Optional[float] = None
+    beta: float | None = None
     """offline weight of the BC term, the mean square of a_theta - a_data, for actions in [-1, 1]; default: the paper's
     for the task, lift's for robosuite's other tasks, else 100"""
     # On lift, can and square the paper lowers it to 1 000 online. On lift (100 demonstrations, three seeds, a version
     # with faulty critics and Euler's step), success after 2 500 offline updates and after 5 000 online steps was 0.82
     # and 0.79 with that, 0.82 and 0.93 with 10 000 throughout.
-    online_beta: Optional[float] = None
+    online_beta: float | None = None
     """the same online; a_data is then the batch's action, from the data or from the policy's own experience; default:
     --beta"""
     # Measured in the same way, with the paper's switch of beta: 0.82 and 0.79 with learned sigma and alpha, 0.55 and
@@ -181,7 +182,7 @@ class Args:
     """learn alpha such that the entropy of the path meets --target-entropy; needs a learned sigma"""
     alpha_lr: float = 3e-4
     """learning rate of the entropy coefficient"""
-    target_entropy: Optional[float] = None
+    target_entropy: float | None = None
     """target of the path's entropy in nats, summed over dimensions and steps; default: that of --sigma before the
     squash, with the action's part counted as at most log 2 per dimension"""
 
@@ -375,7 +376,7 @@ class Actor(nn.Module):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
-        self.entropy = "path"  # the last step's, which the other scripts use, has not been measured here
+        self.counted = slice(None)  # all steps: the last step's entropy, as in the other scripts, was not measured here
         self.obs_dim = obs_dim
         self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
@@ -453,9 +454,8 @@ class Actor(nn.Module):
             path.append(mean + deviation * noise[i + 1])
             log_deviations.append(deviation.log())
         # Given A_i, the standardised A_{i+1} is noise[i+1]: hence the noise's log density, less the log deviations.
-        counted = slice(-1, None) if self.entropy == "last-step" else slice(None)
-        log_normal = -0.5 * (noise[counted] ** 2 + math.log(2 * math.pi))
-        log_prob = log_normal.sum(0) - sum(log_deviations[counted])
+        log_normal = -0.5 * (noise[self.counted] ** 2 + math.log(2 * math.pi))
+        log_prob = log_normal.sum(0) - sum(log_deviations[self.counted])
         # 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2, written so that its log neither under- nor overflows.
         log_slope = 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
         action = torch.tanh(path[-1]) * self.scale + self.bias
@@ -463,15 +463,13 @@ class Actor(nn.Module):
 
     def largest_entropy(self, sigma: float = math.exp(2)) -> float:
         """Entropy in nats, over all dimensions, with this sigma everywhere; an action's is at most a uniform one's."""
-        one = torch.ones_like(self.scale)
-        log_deviations = [0 * one]  # of A_0, then of A_{i+1} given A_i
+        deviations = [torch.ones(())]  # of A_0, then of A_{i+1} given A_i
         for i in range(self.flow_steps):
-            _, deviation = self.step(i, one, one, sigma * one)
-            log_deviations.append(deviation.log())
-        normal = 0.5 * math.log(2 * math.pi * math.e)
-        action = (normal + log_deviations.pop()).clamp(max=math.log(2))
-        before = 0 if self.entropy == "last-step" else sum(normal + log_deviation for log_deviation in log_deviations)
-        return float((before + action).sum())
+            _, deviation = self.step(i, a=0, v=0, sigma=torch.tensor(sigma))
+            deviations.append(deviation)
+        entropies = 0.5 * math.log(2 * math.pi * math.e) + torch.stack(deviations).log()
+        entropies[-1].clamp_(max=math.log(2))
+        return self.action_dim * float(entropies[self.counted].sum())
 
     def normalized(self, action):
         """Actions (B, D) scaled to [-1, 1], as the critics and the BC term see them."""
@@ -486,9 +484,8 @@ class Actor(nn.Module):
 
     def draw_noise(self, batch: int, deterministic: bool = False):
         """Noise for a rollout of `batch` observations: unit Gaussians (K+1, B, D), or zeros for the path's mode."""
-        draw = torch.zeros if deterministic else torch.randn
-        shape = self.flow_steps + 1, batch, self.action_dim
-        return draw(shape, device=self.scale.device, dtype=self.scale.dtype)
+        noise = self.scale.new_zeros(self.flow_steps + 1, batch, self.action_dim)
+        return noise if deterministic else noise.normal_()
 
     def act(self, obs, deterministic: bool = False):
         """Chunks of actions (B, D) for obs (B, obs_dim), or one chunk (D,) for one obs (obs_dim,).
@@ -645,8 +642,7 @@ class ReplayBuffer:
 
         The newest counts as the last of its episode until another follows, so that no chunk runs on into older data.
         """
-        row = np.concatenate([obs, action, [reward, terminated, 1], next_obs])
-        row = row.astype(np.float32)
+        row = np.concatenate([obs, action, [reward, terminated, 1], next_obs])  # float64, which the copy rounds
         if follows:
             self.rows[(self.added - 1) % len(self.rows), self.last] = 0
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
@@ -665,27 +661,27 @@ class ReplayBuffer:
         index = (start + torch.arange(chunk, device=self.rows.device)) % len(self.rows)
         return merge_chunks(*self.rows[index].split(self.widths, dim=2), gamma)
 
-    def filled(self) -> torch.Tensor:
-        """The rows in use, as a tensor of their own: torch.save of a view would write the whole buffer.
+    def state_dict(self) -> dict:
+        """The rows in use, copied unless they are all: torch.save of a view would write the whole buffer.
 
         On the CPU, since a GPU's allocator would keep the memory of ever larger copies reserved.
         """
-        if len(self) == len(self.rows):
-            return self.rows.cpu()
-        return self.rows[: len(self)].to("cpu", copy=True)
+        full = len(self) == len(self.rows)
+        rows = self.rows[: len(self)].to("cpu", copy=not full)
+        return {"rows": rows, "added": self.added, "data_size": int(self.data_size)}
 
-    def refill(self, rows: torch.Tensor, added: int) -> None:
-        """Put back what `filled` returned, after `added` transitions."""
-        self.rows[: len(rows)].copy_(rows)
-        self.added = added
+    def load_state_dict(self, state: dict) -> None:
+        """Put back what `state_dict` returned."""
+        self.rows[: len(state["rows"])].copy_(state["rows"])
+        self.added = state["added"]
         self.size.fill_(len(self))
+        self.data_size.fill_(state["data_size"])
 
     def fill(self, data: torch.Tensor) -> None:
         """Replace all rows with those of the data."""
         # Chunks at the end of the data run on into the rows after it, which are zeros in a resumed run.
         self.rows[len(data) : len(self)].zero_()
-        self.refill(data, len(data))
-        self.data_size.fill_(len(data))
+        self.load_state_dict({"rows": data, "added": len(data), "data_size": len(data)})
 
 
 def merge_chunks(obs, action, reward, terminated, last, next_obs, gamma: float) -> list[torch.Tensor]:
@@ -730,16 +726,21 @@ def main() -> None:
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    losses = torch.zeros(len(LOSSES), device=device)  # the latest
-    tensors = dict(log_alpha=log_alpha, losses=losses, data_size=buffer.data_size)
-    learned = dict(actor=actor, critics=critics, targets=targets)
-    learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
+    losses = nn.Parameter(torch.zeros(len(LOSSES), device=device), requires_grad=False)  # the latest
+    generators = Generators(device, env)
+    # All that decides how a run continues from an episode's end, if the environment's only state is its generator.
+    state = dict(
+        actor=actor, critics=critics, targets=targets, actor_optimizer=actor_optimizer,
+        critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer,
+        scalars=nn.ParameterDict(dict(log_alpha=log_alpha, losses=losses)), buffer=buffer, generators=generators,
+    )  # fmt: skip
 
     with explained(f"--env-id {args.env_id}: its reset failed"):
         env.reset(seed=args.seed)
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint is not for {args.env_id} as it is now, or was altered"):
-            restore(checkpoint, learned, tensors, buffer, env)
+            for name, part in state.items():
+                part.load_state_dict(checkpoint.pop(name))  # pop: the buffer's is large
     else:
         buffer.fill(data)
         del data
@@ -804,7 +805,7 @@ def main() -> None:
                 run.check_finite(observation=obs, action=action)
                 next_obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
                 next_obs = to_obs(next_obs)
-                run.count_step()
+                progress.step += 1
                 run.check_finite(reward=reward, observation=next_obs)  # before it is stored
                 buffer.add(obs, action, reward, terminated, next_obs, follows=not done)
                 obs = next_obs
@@ -813,7 +814,8 @@ def main() -> None:
                 if progress.step and progress.step % args.rotate_every == 0 and len(files) > 1:
                     file = files[progress.step // args.rotate_every % len(files)]
                     buffer.fill(load_data(file, eval_env, args))
-                run.count_step()
+                progress.step += 1
+            run.bar.update()
 
             if not online or progress.step - args.offline_steps > args.online_start:
                 torch.set_float32_matmul_precision(precision)
@@ -822,16 +824,16 @@ def main() -> None:
                     run.log_update(losses)
                 torch.set_float32_matmul_precision("highest")  # MKL is faster for one observation
                 if progress.step % 1000 == 0:
-                    log_gradient_norms(run, actor, critics, buffer, env, log_alpha.detach().exp(), beta)
+                    log_gradient_norms(run, actor, critics, buffer, generators, log_alpha.detach().exp(), beta)
 
             if progress.step % 100 == 0:
                 run.write_scalars({"charts/online": float(online)})
             if online and done:
                 run.end_episode(info)
             if progress.step % args.eval_every == 0 or progress.step in (args.offline_steps, total):
-                score(run, choose, env, eval_env, device)
+                score(run, choose, eval_env, generators)
             if progress.step == total or (done and run.should_save()):
-                run.save(training_state(learned, tensors, buffer, env), actor)
+                run.save({name: part.state_dict() for name, part in state.items()}, actor)
                 if run.interrupted:
                     break
     run.say_where()
@@ -898,7 +900,7 @@ def read_flags(kind: type, description: str, **options):
         fail("; ".join(filter(None, map(str.strip, parts))))
 
 
-def parse_args() -> tuple[Args, Optional[dict]]:
+def parse_args() -> tuple[Args, dict | None]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
     args = read_flags(Args, __doc__)
     checkpoint = None
@@ -907,8 +909,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     if folder := args.resume or args.evaluate:
         path = Path(folder)
         if args.evaluate:
-            checkpoint = load(path if path.is_file() else path / "policy.pt", "obs_dim")
-        elif path.is_file():
+            checkpoint = load(path if os.path.isfile(path) else path / "policy.pt", "obs_dim")
+        elif os.path.isfile(path):
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         else:
             checkpoint = load(path / "checkpoint.pt", "progress")
@@ -927,7 +929,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
                 fail(f"{flag(name)} {new} conflicts with {old} of {folder}: drop the flag")
         if args.resume and args.offline_steps + args.online_steps <= checkpoint["progress"]["step"]:
             fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --online-steps to continue")
-    elif args.run_name and (folder := Path("runs") / args.run_name).exists():
+    elif args.run_name and os.path.exists(folder := Path("runs") / args.run_name):
         fail(f"--run-name {args.run_name}: {folder} exists: remove it, take another name, or --resume {folder}")
     task = args.env_id.split("-play")[0]
     if args.beta is None:
@@ -938,18 +940,18 @@ def parse_args() -> tuple[Args, Optional[dict]]:
 
     rules = [
         ("resume|evaluate|run_name|dataset", lambda name: name != "", "a name (a shell variable was empty?)"),
-        ("seed|collect|offline_steps|online_st.*", lambda n: n is None or 0 <= n < 2**32, "0 or more, and below 2^32"),
+        ("seed|collect|offline_steps|online_st.*", lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
         (".*_(size|dim|layers|episodes|every)|flow_steps|chunk|utd", lambda n: n >= 1, "1 or more"),
         (".*_lr|sigma", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("alpha|beta|online_beta", lambda x: 0 <= x < math.inf, "0 or more and finite"),
-        ("gamma|online_fraction", lambda x: x is None or 0 <= x <= 1, "in [0, 1]"),
+        ("gamma|online_fraction", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
-        ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
+        ("target_entropy", math.isfinite, "finite"),
         ("cuda", lambda on: torch.cuda.is_available() or not on, "off where torch finds no CUDA device (--no-cuda)"),
     ]
     for names, holds, requirement in rules:
         for name, value in vars(args).items():
-            if re.fullmatch(names, name) and not holds(value):
+            if value is not None and re.fullmatch(names, name) and not holds(value):
                 fail(f"{flag(name)} must be {requirement}, not {value!r}")
     if args.capture_video and not args.evaluate:
         fail("--capture-video needs --evaluate")
@@ -978,7 +980,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     return args, checkpoint
 
 
-def read_kwargs(text: Optional[str]) -> dict:
+def read_kwargs(text: str | None) -> dict:
     """--env-kwargs; stops the program if it is not the JSON of a dict."""
     with explained(f"--env-kwargs {text}: not the JSON of a dict"):
         return dict(**json.loads(text or "{}"))
@@ -1036,8 +1038,7 @@ def make_networks(args: Args, env: gym.Env, device: torch.device, about_data: di
     rows = about_data["rows"] + args.online_steps + args.chunk  # chunks run on into zeros until the ring is full
     if args.online_fraction is not None and rows > args.buffer_size:
         fail(f"--online-fraction tells data from experience by their place: --buffer-size must be at least {rows}")
-    sizes = " ".join(f"{flag(name)} {n}" for name, n in vars(args).items() if name.endswith(("_dim", "_size")))
-    with explained(f"cannot make networks and buffer with {sizes}"):
+    with explained("cannot make the buffer (--buffer-size) or networks (--critic-dim and the like)"):
         actor = make_actor(args, obs_dim, low, high)
         of_critic = obs_dim, actor.action_dim, args.critic_dim, args.critic_layers
         critics = nn.ModuleList(Critic(*of_critic) for _ in range(2))
@@ -1097,7 +1098,7 @@ class Run:
     the folder at the same time.
     """
 
-    def __init__(self, args: Args, total: int, checkpoint: Optional[dict], files: list[str]):
+    def __init__(self, args: Args, total: int, checkpoint: dict | None, files: list[str]):
         name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
         folder = Path("runs") / (args.run_name or name)
         self.args = args
@@ -1111,9 +1112,8 @@ class Run:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
 
-                wandb.init(
-                    project="sac-flow", id=self.folder.name, resume="allow", config=asdict(args), sync_tensorboard=True
-                )  # fmt: skip
+                run_id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
+                wandb.init(project="sac-flow", id=run_id, resume="allow", config=asdict(args), sync_tensorboard=True)
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
@@ -1184,7 +1184,7 @@ class Run:
     def check_finite(self, **values) -> None:
         """Stop the program if a value is not finite, and name it; if a loss was not finite, name that instead."""
         for name, value in values.items():
-            if not np.isfinite(value).all():
+            if not (np.abs(value) <= np.finfo(np.float32).max).all():  # all is stored as float32
                 self.mean_losses()
                 fail(f"step {self.progress.step}: {name} is NaN or infinite; {self.kept()}")
 
@@ -1217,11 +1217,6 @@ class Run:
         self.bar.set_postfix_str(f"{shown}alpha {alpha:.2g}", refresh=False)
         if not sys.stderr.isatty() and self.progress.updates % 1000 == 0:
             print(self.bar, file=sys.stderr, flush=True)
-
-    def count_step(self) -> None:
-        """Count a step."""
-        self.progress.step += 1
-        self.bar.update()
 
     def end_episode(self, info: dict) -> None:
         """Record the end of an episode; `info` is that of its last step."""
@@ -1297,7 +1292,7 @@ def write(path: Path, state: dict) -> None:
 
 def load(path: Path, key: str) -> dict:
     """Read a run's file, which must have `key`; stops the program if it is missing, damaged or another script's."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises on some paths
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
         written = path.stat().st_mtime_ns
@@ -1368,57 +1363,53 @@ def in_plain_types(state):
     return json.loads(json.dumps(state, default=np.ndarray.tolist))
 
 
-def random_states(device: torch.device, env: gym.Env) -> dict:
-    """States of all random generators, in types that torch.load(weights_only=True) accepts."""
-    return {
-        "python": random.getstate(),
-        "numpy": in_plain_types(np.random.get_state(legacy=False)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "env": in_plain_types(env.unwrapped.np_random._bit_generator.state),  # _: for dm_control's RandomState
-    }
+class Generators:
+    """Every random generator that a run draws from, saved and restored as networks are."""
+
+    def __init__(self, device: torch.device, env: gym.Env):
+        self.device = device
+        self.env = env
+
+    def state_dict(self) -> dict:
+        """Their states, in types that torch.load(weights_only=True) accepts."""
+        of_env = self.env.unwrapped.np_random
+        return {
+            "python": random.getstate(),
+            "numpy": in_plain_types(np.random.get_state(legacy=False)),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "env": in_plain_types(of_env.get_state(False) if is_legacy(of_env) else of_env.bit_generator.state),
+            "action_space": self.env.action_space.np_random.bit_generator.state,
+        }
+
+    def load_state_dict(self, states: dict) -> None:
+        """Put back what `state_dict` returned, with a note if the run was saved on another kind of device."""
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        of_env = self.env.unwrapped.np_random
+        if is_legacy(of_env):
+            of_env.set_state(states["env"])
+        else:
+            of_env.bit_generator.state = states["env"]
+        self.env.action_space.np_random.bit_generator.state = states["action_space"]
+        if (states["cuda"] is not None) != (self.device.type == "cuda"):
+            note(f"saved on another device, continuing on {self.device.type}: not bit for bit")
+        elif self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    @contextlib.contextmanager
+    def fork(self, seed: int):
+        """Inside, they start from `seed`; afterwards they are back where they were."""
+        states = self.state_dict()
+        seed_random(seed % 2**32)
+        yield
+        self.load_state_dict(states)
 
 
-def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
-    """Restore what `random_states` returned, with a note if the run was saved on another kind of device."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    env.unwrapped.np_random._bit_generator.state = states["env"]
-    if (states["cuda"] is not None) != (device.type == "cuda"):
-        note(f"saved on another device, continuing on {device.type}: not bit for bit")
-    elif device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-@contextlib.contextmanager
-def fork_random(seed: int, device: torch.device, env: gym.Env):
-    """Inside, the random generators start from `seed`; afterwards they are back where they were."""
-    states = random_states(device, env)
-    seed_random(seed % 2**32)
-    yield
-    set_random_states(states, device, env)
-
-
-def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
-    """All that decides how a run continues from an episode's end, if the environment's only state is its generator."""
-    return {
-        **{name: part.state_dict() for name, part in learned.items()},
-        **{name: tensor.detach() for name, tensor in tensors.items()},
-        "buffer": buffer.filled(),
-        "buffer_added": buffer.added,
-        "random": random_states(buffer.rows.device, env),
-    }
-
-
-def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> None:
-    """Put back what `training_state` returned."""
-    buffer.refill(state.pop("buffer"), state["buffer_added"])  # pop: it is as large as the buffer
-    for name, part in learned.items():
-        part.load_state_dict(state[name])
-    for name, tensor in tensors.items():
-        tensor.data.copy_(state[name])
-    set_random_states(state["random"], buffer.rows.device, env)
+def is_legacy(generator) -> bool:
+    """Whether it is numpy's old kind, as dm_control's are, which keeps a drawn Gaussian beside its bits."""
+    return isinstance(generator, np.random.RandomState)
 
 
 def lock(file) -> None:
@@ -1437,7 +1428,7 @@ def lock(file) -> None:
     file.flush()
 
 
-def benchmark_of(env_id: str, dataset: Optional[str] = None) -> str:
+def benchmark_of(env_id: str, dataset: str | None = None) -> str:
     """The package that reads the data: robosuite, ogbench, minari; gymnasium for your own files, pyarrow for LeRobot.
 
     Stops the program if it is not installed.
@@ -1521,7 +1512,7 @@ class RobosuiteEnv(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
     def __init__(
-        self, task: str, render_mode: Optional[str] = None, max_episode_steps: Optional[int] = None,
+        self, task: str, render_mode: str | None = None, max_episode_steps: int | None = None,
         obs_keys=OBS_KEYS, **kwargs,
     ):  # fmt: skip
         import robosuite
@@ -1571,7 +1562,7 @@ def extent_of(space: gym.spaces.Box) -> np.ndarray:
         return space.high.astype(np.float32) - space.low.astype(np.float32)
 
 
-def make_env(args: Args, render_mode: Optional[str] = None) -> gym.Env:
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The task as a gymnasium environment, with one-line errors for those that do not exist or cannot be controlled."""
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.platform == "linux" and not display:
@@ -1812,7 +1803,7 @@ def read_d4rl(path: str, space: gym.Space) -> dict:
         opened = h5py.File(path)
     with opened as file:
 
-        def read(name: str, space: Optional[gym.Space] = None):
+        def read(name: str, space: gym.Space | None = None):
             if isinstance(space, gym.spaces.Dict):
                 return {key: read(f"{name}/{key}", part) for key, part in space.items()}
             return file[name][:]
@@ -1875,7 +1866,7 @@ def from_d4rl(arrays: dict) -> dict:
     return {key: values[known] for key, values in data.items()}
 
 
-def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
+def load_data(path: str | None, env: gym.Env, args: Args) -> torch.Tensor:
     """One data file as rows of `ReplayBuffer`, float32; stops the program if it is damaged or does not fit `env`.
 
     `terminated` (in the manipulation tasks, a success) ends the bootstrap; `last` (the end of a recorded trajectory,
@@ -1930,7 +1921,7 @@ def load_data(path: Optional[str], env: gym.Env, args: Args) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(columns, axis=1))
 
 
-def find_data(args: Args, env: gym.Env, checkpoint: Optional[dict]):
+def find_data(args: Args, env: gym.Env, checkpoint: dict | None):
     """The files of the data, the rows of the first, and the statistics of all, checked before the work begins.
 
     From a checkpoint, which holds the rows in use, no rows are returned and no file is read.
@@ -2031,19 +2022,19 @@ def evaluate(act, env: gym.Env, episodes: int, seed: int) -> dict[str, float]:
     return dict(zip(SCORES, values, strict=True))
 
 
-def score(run: Run, choose, env: gym.Env, eval_env: gym.Env, device: torch.device) -> None:
+def score(run: Run, choose, eval_env: gym.Env, generators: Generators) -> None:
     """Evaluate `choose` and report it. Neither training nor its clock notices."""
     args = run.args
-    with run.paused(), fork_random(args.seed, device, env):
+    with run.paused(), generators.fork(args.seed):
         scores = evaluate(choose, eval_env, args.eval_episodes, args.seed)
     phase = "offline" if run.progress.step <= args.offline_steps else "online"
     run.report(phase, scores)
 
 
-def log_gradient_norms(run: Run, actor: Actor, critics, buffer: ReplayBuffer, env: gym.Env, alpha, beta) -> None:
+def log_gradient_norms(run: Run, actor: Actor, critics, buffer: ReplayBuffer, generators, alpha, beta) -> None:
     """Write the `gradient_norms` of a batch, and its mean sigma, to TensorBoard. Training does not notice."""
     args = run.args
-    with fork_random(args.seed + run.progress.step, buffer.rows.device, env):
+    with generators.fork(args.seed + run.progress.step):
         batch = buffer.sample(args.batch_size, args.chunk, args.gamma)
         noise = actor.draw_noise(args.batch_size)
         norms = gradient_norms(actor, critics, batch, noise, alpha, beta)
@@ -2076,7 +2067,7 @@ def compiled_policy(actor: Actor, jit, graph):
         policy_obs.copy_(torch.from_numpy(obs))
         policy_noise.copy_(actor.draw_noise(1, deterministic))
         act()
-        return policy_action.cpu().numpy().copy()
+        return np.array(policy_action.cpu())  # a copy
 
     return choose
 
@@ -2101,11 +2092,11 @@ def find_compiler(device: torch.device):
         return torch.compile(function, dynamic=False, options=options)
 
     try:
-        for library in Path(cache_dir()).rglob("*.so"):
+        for library in glob.iglob(f"{cache_dir()}/**/*.so", recursive=True):
             with contextlib.suppress(OSError):  # another process may remove it first
-                status = library.stat()
+                status = os.stat(library)
                 if status.st_size == 0 and time.time() - status.st_mtime > 10:  # of a compilation that was killed
-                    library.unlink()  # else every later run would fail on it
+                    os.unlink(library)  # else every later run would fail on it
         torch.compiler.reset()  # guards are off, so graphs of an earlier run in this process would be reused
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         print("the first update compiles the losses, which takes a minute or two", file=sys.stderr)

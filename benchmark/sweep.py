@@ -11,7 +11,6 @@ described in runs/<name>/sweep.json: the same command, or --file with that path,
 import contextlib
 import csv
 import ctypes
-import fcntl
 import heapq
 import importlib
 import itertools
@@ -31,6 +30,11 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, Optional
 from unittest import mock
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("sweep: error: it needs Linux or macOS, whose files can be locked")
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [ROOT, ROOT / "benchmark" / "controls"]
@@ -150,6 +154,8 @@ def make_runs(args: Args, common: list[str]) -> list[Run]:
         total = sum(getattr(parsed, name, 0) for name in ("total_timesteps", "offline_steps", "online_steps"))
         name = "__".join(filter(None, [env_id, script, "_".join(flags.split()), str(seed)]))
         folder = Path("runs", args.name, re.sub(r"[^\w.=-]+", "_", name)).absolute()
+        if len(folder.name) > 200:
+            fail(f"--flags {flags!r}: too long to be part of a folder's name, {folder.name}")
         if any(run.folder == folder for run in runs):
             fail(f"--flags {flags!r}: another flag set has the same folder, {folder.name}")
         runs.append(Run([str(paths[0]), *arguments], folder, total))

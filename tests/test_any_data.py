@@ -245,7 +245,8 @@ def test_own_data_in_an_own_environment(main, tmp_path, reach):
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     added = len(play()["rewards"])
     starts = added + np.cumsum([0] + [int(row["length"]) for row in episodes[:-1]])
-    assert state["buffer_added"] == added + 30 and (state["buffer"][starts, 0] <= 0).all()  # x of the position
+    assert state["buffer"]["added"] == added + 30
+    assert (state["buffer"]["rows"][starts, 0] <= 0).all()  # x of the position
 
 
 def test_horizons_of_robosuites_tasks():
@@ -325,8 +326,8 @@ def test_actions_in_another_unit(main, tmp_path, reach):
     np.savez(reach, **arrays)
     run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--rescale-actions")
     added = len(arrays["rewards"])
-    np.testing.assert_allclose(state["buffer"][:added, 4:6], arrays["actions"], rtol=1e-6)
-    rows = columns(state["buffer"][added:], 4, 2)
+    np.testing.assert_allclose(state["buffer"]["rows"][:added, 4:6], arrays["actions"], rtol=1e-6)
+    rows = columns(state["buffer"]["rows"][added:], 4, 2)
     moved = rows["next_obs"][:, :2] - rows["obs"][:, :2]
     free = np.abs(rows["next_obs"][:, :2]) < 1  # not at the wall
     expected = 0.2 * (2 * (rows["action"] - low) / (high - low) - 1)
@@ -364,7 +365,7 @@ def test_unbounded_actions_take_the_bounds_of_the_data(main, refused, tmp_path, 
     refused([*flags, "--no-cuda"], "finite bounds", "--rescale-actions")
     np.savez(reach, **(play(unit=0.5)))
     run, state = trained(main, tmp_path, *flags, "--rescale-actions")
-    rows = columns(state["buffer"][len(play()["rewards"]) :], 4, 2)
+    rows = columns(state["buffer"]["rows"][len(play()["rewards"]) :], 4, 2)
     moved = rows["next_obs"][:, :2] - rows["obs"][:, :2]
     free = np.abs(rows["next_obs"][:, :2]) < 1
     np.testing.assert_allclose(moved[free], 0.2 * rows["action"][free], atol=1e-6)  # as they are
@@ -498,8 +499,7 @@ def test_half_of_each_batch_is_online_experience():
     uniform = buffer.sample(4000, 1, 1.0)[0].flatten()
     assert (uniform >= 20).float().mean().item() == pytest.approx(0.2, abs=0.03)
     other = script.ReplayBuffer(100, 1, 1, torch.device("cpu"))
-    other.refill(buffer.filled(), buffer.added)
-    other.data_size.copy_(buffer.data_size)
+    other.load_state_dict(buffer.state_dict())
     assert (other.sample(4000, 1, 1.0, 0.25)[0] >= 20).sum() == 1000
 
 
@@ -529,7 +529,7 @@ def test_observations_are_standardised_by_the_data(main, tmp_path, reach):
         arrays[f"{kind}/position"] = arrays[f"{kind}/position"] * [0.001, 0] + [5, 3]
     np.savez(reach, **arrays)
     run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--normalize-observations")
-    obs = state["buffer"][: len(arrays["rewards"]), :4]
+    obs = state["buffer"]["rows"][: len(arrays["rewards"]), :4]
     actor = script.load_policy(run / "policy.pt")
     seen = actor.normalizer(obs)
     torch.testing.assert_close(seen.mean(0), torch.zeros(4), atol=1e-2, rtol=0)
@@ -730,8 +730,8 @@ def test_lerobot_in_an_own_environment(main, tmp_path, success):
     state = torch.load(the_run(tmp_path) / "checkpoint.pt", weights_only=True)
     goes_on = np.append(frames["episode_index"][1:] == frames["episode_index"][:-1], False) | terminals
     n = goes_on.sum()
-    assert state["buffer_added"] == n + 30 and 0 < n < len(goes_on)  # without what leads to an unknown observation
-    rows = columns(state["buffer"][:n], 4, 2)
+    assert state["buffer"]["added"] == n + 30 and 0 < n < len(goes_on)  # without what leads to an unknown observation
+    rows = columns(state["buffer"]["rows"][:n], 4, 2)
     obs = np.hstack([frames["observation.state"], frames["observation.environment_state"]])
     np.testing.assert_array_equal(rows["obs"], np.float32(obs[goes_on]))
     np.testing.assert_array_equal(rows["action"], frames["action"][goes_on])

@@ -259,9 +259,10 @@ def test_buffer_draws_from_what_is_filled(shared):
         buffer.add([i], [0.0], 0.0, False, [0.0])
         assert set(buffer.sample(200)[0].flatten().tolist()) == set(range(i + 1))
     other = shared.ReplayBuffer(50, 1, 1, torch.device("cpu"))
-    other.refill(buffer.filled(), buffer.added)
+    state = buffer.state_dict()
+    other.load_state_dict(state)
     assert set(other.sample(200)[0].flatten().tolist()) == {0, 1, 2}
-    rows = buffer.filled()
+    rows = state["rows"]
     assert rows.untyped_storage().nbytes() == 4 * rows.numel()  # a view's whole buffer would be saved
 
 

@@ -219,7 +219,7 @@ def test_both_phases_and_what_they_leave(run, tmp_path, pendulum):
     state = checkpoint(folder)
     args = script.Args("tests/pendulum-v0", dataset=str(pendulum))
     data = script.load_data(None, script.make_env(args), args)
-    assert state["buffer_added"] == len(data) + 160 and state["updates"] == 100 + 150  # after --online-start
+    assert state["buffer"]["added"] == len(data) + 160 and state["updates"] == 100 + 150  # after --online-start
     assert json.loads((folder / "args.json").read_text())["files"] == []
     done = run("--evaluate", folder)
     assert re.search(r"deterministic: return [\d.]+ .*\nstochastic: return", done.stdout)
@@ -242,7 +242,7 @@ def test_stopped_runs_resume_bit_for_bit(run, tmp_path, flags):
     run("--resume", folder, "--online-steps", 60)
     resumed, final = checkpoint(folder), checkpoint(whole)
     if "--no-autotune" in flags:
-        assert final["log_alpha"].exp().item() == pytest.approx(0.25)
+        assert final["scalars"]["log_alpha"].exp().item() == pytest.approx(0.25)
     rows = resumed["rows"]["eval.csv"]
     rows[:] = [row for row in rows if row[0] != stop]  # the shorter run's own last evaluation
     assert_same(resumed, final | {"args": resumed["args"]})
@@ -305,7 +305,7 @@ def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
         write(path, state)
         if path.name == "checkpoint.pt":
             step = state["progress"]["step"]
-            saved[step] = len(state["buffer"])
+            saved[step] = len(state["buffer"]["rows"])
             shutil.copytree(path.parent, tmp_path / f"at-{step}", dirs_exist_ok=True)
 
     monkeypatch.chdir(tmp_path)
@@ -369,7 +369,7 @@ def test_lift(monkeypatch, tmp_path, capsys):
 
     main(*flags, "--online-steps", 110)
     whole = the_run(tmp_path).rename(tmp_path / "whole")
-    assert checkpoint(whole)["buffer_added"] == 100 + 110
+    assert checkpoint(whole)["buffer"]["added"] == 100 + 110
     assert table(whole, "returns.csv")[1][1:4] == ["-100.0", "100", "0.0"]
     assert table(whole, "eval.csv")[1][:4] == ["50", "offline", "stochastic", "0"]
     main(*flags, "--online-steps", 100)  # the first episode

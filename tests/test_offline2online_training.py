@@ -204,7 +204,7 @@ def test_chunks_are_played_in_their_order_and_stored_as_they_went(calls):
     played = torch.tensor(np.array(env.rows, np.float32))
     assert env.seeds == [1, *6 * [None]] and played[:, 7].nonzero().flatten().tolist() == [6, 11, 18, 23, 30]
     played[-1, 7] = 1  # the newest row of the buffer counts as its episode's last
-    torch.testing.assert_close(checkpoint(calls["run"])["buffer"][-32:], played, rtol=0, atol=0)
+    torch.testing.assert_close(checkpoint(calls["run"])["buffer"]["rows"][-32:], played, rtol=0, atol=0)
     starts = (played[:, 1] % 3 == 0).nonzero().flatten().tolist()  # every third step of an episode
     ends = [*starts[1:], 32]
     for (obs, chunk), start, end in zip(calls["policy"], starts, ends, strict=True):

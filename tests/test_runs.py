@@ -68,7 +68,7 @@ def test_compiled_with_target_networks(run, tmp_path):
     assert done.returncode == 0 and "continuing without it" not in done.stderr, done.stderr
     state = checkpoint(the_run(tmp_path))
     assert_same(state["targets"], state["critics"])
-    assert state["log_alpha"].exp() == pytest.approx(0.25)
+    assert state["scalars"]["log_alpha"].exp() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("device", ["--no-cuda", pytest.param("--cuda", marks=needs_cuda)])
@@ -79,8 +79,8 @@ def test_compiled_is_eager(run, tmp_path, device):
         assert done.returncode == 0 and "continuing without it" not in done.stderr, done.stderr
         the_run(tmp_path).rename(tmp_path / str(i))
     eager, compiled = (checkpoint(tmp_path / str(i)) for i in range(2))
-    assert eager["updates"] == 12 and eager["losses"].ne(0).all()
-    torch.testing.assert_close(compiled["losses"], eager["losses"], rtol=1e-3, atol=1e-4)
+    assert eager["updates"] == 12 and eager["scalars"]["losses"].ne(0).all()
+    torch.testing.assert_close(compiled["scalars"]["losses"], eager["scalars"]["losses"], rtol=1e-3, atol=1e-4)
     for part in ("actor", "average", "critics"):
         torch.testing.assert_close(compiled[part], eager[part], rtol=1e-2, atol=1e-3)
     # In so few updates weights move by little more than these tolerances. Adam's first moments average the gradients.
@@ -150,13 +150,13 @@ def test_same_seed_same_run_other_seed_other_run(run, tmp_path):
         time.sleep(1)  # folders are named by the second
     first, second, other = (checkpoint(path) for path in sorted((tmp_path / "runs").iterdir(), key=os.path.getmtime))
     assert_same(first, second)
-    assert not torch.equal(first["buffer"], other["buffer"])
+    assert not torch.equal(first["buffer"]["rows"], other["buffer"]["rows"])
 
 
 def test_an_observation_that_changes_in_place_is_copied(run, tmp_path):
     done = run("--env-id", "tiny_envs:InPlace-v0", "--total-timesteps", 50, "--learning-starts", 45, *SMALL)
     assert done.returncode == 0, done.stderr
-    rows = checkpoint(the_run(tmp_path))["buffer"]
+    rows = checkpoint(the_run(tmp_path))["buffer"]["rows"]
     assert (rows[:, 0] != rows[:, -1]).all()
 
 
@@ -413,11 +413,23 @@ def test_a_tracked_run_is_tracked_when_resumed(shared, main, monkeypatch):
     folder = main(shared, *PENDULUM, "--total-timesteps", 120, "--track")
     main(shared, "--resume", folder, "--total-timesteps", 130)
     main(shared, "--evaluate", folder)
-    assert [(call["id"], call["resume"]) for call in calls] == 2 * [(folder.name, "allow")]
+    assert [(call["id"], call["resume"]) for call in calls] == 2 * [(f"runs-{folder.name}", "allow")]
     main(shared, "--resume", folder, "--total-timesteps", 140, "--no-track")
     with pytest.raises(SystemExit):
         main(shared, "--evaluate", folder, "--track")
     assert len(calls) == 2
+
+
+def test_an_old_generator_of_an_environment_resumes_within_a_pair_of_gaussians(shared):
+    """dm_control's are of numpy's old kind: it draws two Gaussians at once and keeps one."""
+    env = gym.make("Pendulum-v1")
+    env.unwrapped.np_random = np.random.RandomState(3)
+    generators = shared.Generators(torch.device("cpu"), env)
+    env.unwrapped.np_random.randn(3)
+    states = generators.state_dict()
+    drawn = env.unwrapped.np_random.randn(3)
+    generators.load_state_dict(states)
+    np.testing.assert_array_equal(env.unwrapped.np_random.randn(3), drawn)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -473,7 +485,8 @@ def test_endless_episodes_are_truncated(run, tmp_path):
         assert done.returncode == 0 and "length 10\n" in done.stdout, done.stderr
         folder = the_run(tmp_path)
         assert [row[2] for row in returns(folder)[1:]] == 5 * ["10"]
-        assert not checkpoint(folder)["buffer"][:, -1 - checkpoint(folder)["actor"]["norm.weight"].numel()].any()
+        state = checkpoint(folder)
+        assert not state["buffer"]["rows"][:, -1 - state["actor"]["norm.weight"].numel()].any()
         folder.rename(tmp_path / env_id.replace(":", "-"))
 
 
@@ -649,6 +662,7 @@ def assert_refused(done, *words):
         ("--env-id a:b:c", "--env-id a:b:c"),
         ("--critic-dim 10000000", "--critic-dim"),
         ("--resume nowhere", "nowhere/checkpoint.pt"),
+        (f"--resume {300 * 'a'}", "there is no aaa"),  # longer than a name may be
         ("--evaluate nowhere", "nowhere/policy.pt"),
         ("--evaluate runs/nothing.pt", "runs/nothing.pt"),
         ("--eval-every -1", "--eval-every"),
@@ -800,7 +814,7 @@ def test_bad_checkpoints(run, name, tmp_path):
     torch.save(altered, path)
     assert_refused(run("--resume", folder, "--total-timesteps", 200), "not for Hopper-v4 as it is now, or was altered")
     altered = torch.load(io.BytesIO(whole))
-    altered["random"] = None
+    altered["generators"] = None
     torch.save(altered, path)
     assert_refused(run("--resume", folder, "--total-timesteps", 200), "was altered")
     for key, words in {"progress": "another kind", "args": "another version", "buffer": "was altered"}.items():
@@ -845,6 +859,7 @@ def test_bad_checkpoints(run, name, tmp_path):
     [
         ("BadReward", 60, "reward"),
         ("InfiniteReward", 60, "reward"),
+        ("HugeReward", 60, "reward"),  # for the buffer, which is float32
         ("BadObservation", 60, "observation"),
         ("BadReset", 67, "observation"),
     ],

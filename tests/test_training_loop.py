@@ -131,13 +131,13 @@ def test_each_network_is_normalised_by_the_batches_of_its_own_updates(recorded):
 
 
 def test_the_entropy_is_logged_with_its_sign(recorded):
-    assert recorded.state["losses"][script.LOSSES.index("entropy")] == -recorded.alpha_loss[-1].log_prob
+    assert recorded.state["scalars"]["losses"][script.LOSSES.index("entropy")] == -recorded.alpha_loss[-1].log_prob
 
 
 def test_the_learning_actor_samples_and_its_steps_are_stored_as_they_went(recorded):
     """Against the environment's own record, whose column 7 is whether the row is an episode's last."""
     played = torch.tensor(np.delete(np.array(recorded.rows, np.float32), 7, axis=1))
-    torch.testing.assert_close(recorded.state["buffer"], played)
+    torch.testing.assert_close(recorded.state["buffer"]["rows"], played)
     assert len(recorded.policy) == 20
     for (actor, keywords, obs, action), row in zip(recorded.policy, played[20:], strict=True):
         assert actor is recorded.actor and not keywords  # with keywords it might be deterministic

@@ -31,7 +31,7 @@ class Scripted(gym.Env):
         bad = self.bad if self.steps == self.bad_step else ""
         obs = np.array([self.episode, self.t, np.nan if bad == "observation" else 7.0])
         terminated, truncated = self.episode % 2 == 0 and self.t == 5, self.t == 7
-        reward = {"reward": np.nan, "infinite": np.inf}.get(bad, self.t)
+        reward = {"reward": np.nan, "infinite": np.inf, "huge": 1e39}.get(bad, self.t)
         return obs, reward, terminated, truncated, {}
 
 
@@ -170,6 +170,7 @@ gym.register("BadReward-v0", Scripted, kwargs={"bad": "reward", "bad_step": 60},
 gym.register("BadObservation-v0", Scripted, kwargs={"bad": "observation", "bad_step": 60}, max_episode_steps=100)
 gym.register("BadReset-v0", Scripted, kwargs={"bad": "reset", "bad_step": 60}, max_episode_steps=100)
 gym.register("InfiniteReward-v0", Scripted, kwargs={"bad": "infinite", "bad_step": 60}, max_episode_steps=100)
+gym.register("HugeReward-v0", Scripted, kwargs={"bad": "huge", "bad_step": 60}, max_episode_steps=100)
 for bad in ("RuntimeError", "OSError", "AssertionError", "SystemExit", "values", "none", "shape", "start"):
     gym.register(f"Failing-{bad}-v0", Failing, max_episode_steps=100, kwargs={"bad": bad})
 gym.register("Home-v0", "tiny_envs:Home")  # by name, as Minari needs it

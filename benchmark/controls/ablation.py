@@ -32,7 +32,7 @@ import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -357,7 +357,7 @@ class Progress(naive.Progress):
     )
 
 
-def parse_args() -> tuple[Args, Optional[dict]]:
+def parse_args() -> tuple[Args, dict | None]:
     """As in sac_flow_naive.py; also stops the program if a flag contradicts the variant."""
     with mock.patch.multiple(naive, Args=Args, __doc__=__doc__):  # sweep.py calls this without main()
         args, checkpoint = naive_parse_args()
@@ -430,7 +430,7 @@ class Run(naive.Run):
             return
         actor, critics, buffer, env, device = self.measured
         alpha = losses[naive.LOSSES.index("alpha")]  # of the actor's latest update
-        with self.paused(), naive.fork_random(self.args.seed + self.progress.step, device, env):
+        with self.paused(), naive.Generators(device, env).fork(self.args.seed + self.progress.step):
             obs, *_ = buffer.sample(self.args.batch_size)
             noise = actor.draw_noise(self.args.batch_size)
             kinds = ["batch", "running", *(["free"] if getattr(actor, "clipped", False) else [])]

@@ -25,6 +25,7 @@ Resume with --resume runs/<name>; watch with --evaluate runs/<name> --capture-vi
 import contextlib
 import copy
 import csv
+import glob
 import inspect
 import io
 import json
@@ -42,7 +43,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, partial, wraps
 from pathlib import Path
 from traceback import format_exception
-from typing import Literal, NoReturn, Optional
+from typing import Literal, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -70,7 +71,7 @@ class Args:
     """seed of every random generator"""
     total_timesteps: int = 1_000_000
     """environment steps of the whole run"""
-    max_episode_steps: Optional[int] = None
+    max_episode_steps: int | None = None
     """steps after which an episode is truncated; default: the environment's own limit, or 10 000 if it has none"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU (the default where there is one)"""
@@ -87,11 +88,11 @@ class Args:
     """steps between evaluations of the averaged actor; they do not affect training; 0: none, not even at the end"""
     eval_episodes: int = 5
     """episodes per evaluation"""
-    run_name: Optional[str] = None
+    run_name: str | None = None
     """the run's folder is runs/<run-name>; default: <env>__<script>__<seed>__<time>"""
-    resume: Optional[str] = None
+    resume: str | None = None
     """folder of a run to continue, bit for bit from an episode's end (on a GPU if its compiled code is still cached)"""
-    evaluate: Optional[str] = None
+    evaluate: str | None = None
     """folder of a run whose policy.pt is played instead of training, or a policy file such as
     runs/<name>/policy_best.pt; episodes start as in the run's own evaluations unless another --seed is given"""
 
@@ -131,7 +132,7 @@ class Args:
     """learn alpha such that the policy's entropy meets --target-entropy"""
     alpha: float = 0.02
     """entropy coefficient: its initial value, or its fixed value with --no-autotune"""
-    target_entropy: Optional[float] = None
+    target_entropy: float | None = None
     """target of the policy's entropy in nats, summed over dimensions, for actions scaled to [-1, 1] whatever the
     environment's units; default: computed by `Actor`, usually -1 per dimension"""
     crossq: bool = True
@@ -142,7 +143,7 @@ class Args:
     # to step 115 000); the Gaussian's mean return from step 110 000 to 200 000 was 2 967, with drops to 450, against
     # 5 263 without the switch. Flow-G did not suffer on HalfCheetah-v4 (up to 112 500) or Hopper-v4 (up to 150 000).
     # One seed each.
-    renorm_warmup: Optional[int] = None
+    renorm_warmup: int | None = None
     """training batches after which BatchRenorm switches to its running statistics; default: never, so that it stays
     plain batch normalisation"""
 
@@ -401,7 +402,7 @@ class ReplayBuffer:
     def add(self, obs, action, reward, terminated, next_obs) -> None:
         """Store one transition: numpy vectors and scalars. `next_obs` is what the step returned, never a reset's."""
         row = np.concatenate([obs, action, [reward, terminated], next_obs])
-        self.rows[self.added % len(self.rows)] = torch.from_numpy(row.astype(np.float32))
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)  # float64, which the copy rounds
         self.added += 1
         self.size.fill_(len(self))
 
@@ -412,19 +413,18 @@ class ReplayBuffer:
         obs, action, reward, terminated, next_obs = batch.split(self.widths, dim=1)
         return [obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs]
 
-    def filled(self) -> torch.Tensor:
-        """The rows in use, as a tensor of their own: torch.save of a view would write the whole buffer.
+    def state_dict(self) -> dict:
+        """The rows in use, copied unless they are all: torch.save of a view would write the whole buffer.
 
         On the CPU, since a GPU's allocator would keep the memory of ever larger copies reserved.
         """
-        if len(self) == len(self.rows):
-            return self.rows.cpu()
-        return self.rows[: len(self)].to("cpu", copy=True)
+        full = len(self) == len(self.rows)
+        return {"rows": self.rows[: len(self)].to("cpu", copy=not full), "added": self.added}
 
-    def refill(self, rows: torch.Tensor, added: int) -> None:
-        """Put back what `filled` returned, after `added` transitions."""
-        self.rows[: len(rows)].copy_(rows)
-        self.added = added
+    def load_state_dict(self, state: dict) -> None:
+        """Put back what `state_dict` returned."""
+        self.rows[: len(state["rows"])].copy_(state["rows"])
+        self.added = state["added"]
         self.size.fill_(len(self))
 
 
@@ -443,18 +443,23 @@ def main() -> None:
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    losses = torch.zeros(len(LOSSES), device=device)  # the latest
-    tensors = dict(log_alpha=log_alpha, losses=losses)
-    learned = dict(actor=actor, average=average, critics=critics)
-    learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
+    losses = nn.Parameter(torch.zeros(len(LOSSES), device=device), requires_grad=False)  # the latest
+    generators = Generators(device, env)
+    # All that decides how a run continues from an episode's end, if the environment's only state is its generator.
+    state = dict(
+        actor=actor, average=average, critics=critics, actor_optimizer=actor_optimizer,
+        critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer,
+        scalars=nn.ParameterDict(dict(log_alpha=log_alpha, losses=losses)), buffer=buffer, generators=generators,
+    )  # fmt: skip
     if targets:
-        learned["targets"] = targets
+        state["targets"] = targets
     with explained(f"--env-id {args.env_id}: its reset failed"):
         env.reset(seed=args.seed)
     env.action_space.seed(args.seed)
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint is not for {args.env_id} as it is now, or was altered"):
-            restore(checkpoint, learned, tensors, buffer, env)
+            for name, part in state.items():
+                part.load_state_dict(checkpoint.pop(name))  # pop: the buffer's is large
     run = Run(args, args.total_timesteps, checkpoint)
     progress = run.progress
     if args.capture_video:
@@ -496,21 +501,21 @@ def main() -> None:
         record(losses, actor_loss=loss, alpha_loss=loss_alpha.detach(), alpha=alpha, entropy=-log_prob)
 
     def log_gradient_norms() -> None:
-        with fork_random(args.seed + progress.step, device, env):
+        with generators.fork(args.seed + progress.step):
             obs, *_ = buffer.sample(args.batch_size)
             norms = gradient_norms(actor, critics, obs, actor.draw_noise(args.batch_size), log_alpha.detach().exp())
         run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
 
     def score(kind: Literal["deterministic", "stochastic"]) -> None:
         """Evaluate the averaged actor. Neither training nor its clock notices."""
-        with run.paused(), fork_random(args.seed, device, env):
+        with run.paused(), generators.fork(args.seed):
             act = partial(choose_averaged, deterministic=kind == "deterministic")
             scores = evaluate(act, eval_env, args.eval_episodes, args.seed)
         if run.report(kind, scores):  # the best so far
             run.save_policy("policy_best.pt", average)
 
     def save() -> None:
-        run.save(training_state(learned, tensors, buffer, env), average)
+        run.save({name: part.state_dict() for name, part in state.items()}, average)
 
     with run, env, eval_env:
         done = True
@@ -524,7 +529,8 @@ def main() -> None:
             run.check_finite(observation=obs, action=action)
             next_obs, reward, terminated, truncated, info = env.step(to_action(action, env.action_space))
             next_obs = to_obs(next_obs)
-            run.count_step()
+            progress.step += 1
+            run.bar.update()
             run.check_finite(reward=reward, observation=next_obs)  # before it is stored
             buffer.add(obs, action, reward, terminated, next_obs)  # truncation is not termination: it bootstraps
             obs = next_obs
@@ -615,7 +621,7 @@ def read_flags(kind: type, description: str, **options):
         fail("; ".join(filter(None, map(str.strip, parts))))
 
 
-def parse_args() -> tuple[Args, Optional[dict]]:
+def parse_args() -> tuple[Args, dict | None]:
     """Flags, and the checkpoint they name if any. A resumed run keeps its own flags; a conflicting one is an error."""
     args = read_flags(Args, __doc__)
     checkpoint = None
@@ -624,8 +630,8 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     if folder := args.resume or args.evaluate:
         path = Path(folder)
         if args.evaluate:
-            checkpoint = load(path if path.is_file() else path / "policy.pt", "obs_dim")
-        elif path.is_file():
+            checkpoint = load(path if os.path.isfile(path) else path / "policy.pt", "obs_dim")
+        elif os.path.isfile(path):
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         else:
             checkpoint = load(path / "checkpoint.pt", "progress")
@@ -642,7 +648,7 @@ def parse_args() -> tuple[Args, Optional[dict]]:
                 fail(f"{flag(name)} {new} conflicts with {old} of {folder}: drop the flag")
         if args.resume and args.total_timesteps <= checkpoint["progress"]["step"]:
             fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --total-timesteps to continue")
-    elif args.run_name and (folder := Path("runs") / args.run_name).exists():
+    elif args.run_name and os.path.exists(folder := Path("runs") / args.run_name):
         fail(f"--run-name {args.run_name}: {folder} exists: remove it, take another name, or --resume {folder}")
 
     least = 2 if args.crossq else 1  # BatchRenorm needs a batch
@@ -651,23 +657,23 @@ def parse_args() -> tuple[Args, Optional[dict]]:
     from_1 = "(?!encoder).*_(size|dim|layers|steps|timesteps|episodes|delay)|save_every"
     rules = [
         ("resume|evaluate|run_name", lambda name: name != "", "a name (a shell variable was empty?)"),
-        (from_0, lambda n: n is None or 0 <= n < 2**32, "0 or more, and below 2^32"),
-        (from_1, lambda n: n is None or n >= 1, "1 or more"),
+        (from_0, lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
+        (from_1, lambda n: n >= 1, "1 or more"),
         ("batch_size", lambda n: least <= n <= args.buffer_size, f"from {least} to --buffer-size {args.buffer_size}"),
         ("total_timesteps", lambda n: n > starts, f"above --learning-starts {starts}, where learning begins"),
         (".*_lr|alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("adam_b1|actor_average", lambda x: 0 <= x < 1, "in [0, 1)"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
-        ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
-        ("target_entropy", lambda x: x is None or args.autotune, "left out with --no-autotune"),
-        ("renorm_warmup", lambda n: n is None or args.crossq, "left out with --no-crossq"),
+        ("target_entropy", math.isfinite, "finite"),
+        ("target_entropy", lambda x: args.autotune, "left out with --no-autotune"),
+        ("renorm_warmup", lambda n: args.crossq, "left out with --no-crossq"),
         ("track", lambda on: not (on and args.evaluate), "left out with --evaluate"),
         ("cuda", lambda on: torch.cuda.is_available() or not on, "off where torch finds no CUDA device (--no-cuda)"),
     ]
     for names, holds, requirement in rules:
         for name, value in vars(args).items():
-            if re.fullmatch(names, name) and not holds(value):
+            if value is not None and re.fullmatch(names, name) and not holds(value):
                 fail(f"{flag(name)} must be {requirement}, not {value!r}")
     return args, checkpoint
 
@@ -691,16 +697,13 @@ def make_networks(args: Args, env: gym.Env, device: torch.device):
     Returns the actor, its average, two critics, their target networks (None with CrossQ) and an empty buffer.
     """
     obs_dim = env.observation_space.shape[0]
-    action_dim = env.action_space.low.size
-    sizes = " ".join(f"{flag(name)} {n}" for name, n in vars(args).items() if name.endswith(("_dim", "_size")))
-    with explained(f"cannot make networks and buffer for {args.env_id} with {sizes}"):
-        low = env.action_space.low.ravel()
-        high = env.action_space.high.ravel()
-        actor = make_actor(args, obs_dim, low, high).to(device).eval()
-        critics = nn.ModuleList(Critic(obs_dim, action_dim, args.critic_dim, renorm_of(args)) for _ in range(2))
-        critics = critics.to(device)
+    space = env.action_space
+    with explained(f"cannot make the buffer (--buffer-size) or networks (--critic-dim and the like) for {args.env_id}"):
+        actor = make_actor(args, obs_dim, space.low.ravel(), space.high.ravel()).to(device).eval()
+        sizes = obs_dim, actor.action_dim
+        critics = nn.ModuleList(Critic(*sizes, args.critic_dim, renorm_of(args)) for _ in range(2)).to(device)
         targets = None if args.crossq else copy.deepcopy(critics).requires_grad_(False)
-        return actor, average_of(actor), critics, targets, ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+        return actor, average_of(actor), critics, targets, ReplayBuffer(args.buffer_size, *sizes, device)
 
 
 def target_entropy_of(args: Args, actor: Actor) -> float:
@@ -745,10 +748,10 @@ class Run:
     Created after the networks, so that a wrong flag leaves no folder behind. As a context manager it keeps time, and
     takes the first Ctrl-C or kill as a request to stop at the episode's end; a second one stops at once. An exception
     from the environment, or a full disk, becomes one line, with the traceback in error.txt. No other process can use
-    the folder at the same time.
+    the folder at the same time (on Windows this is not checked).
     """
 
-    def __init__(self, args: Args, total: int, checkpoint: Optional[dict]):
+    def __init__(self, args: Args, total: int, checkpoint: dict | None):
         env_id = re.sub(r"[^A-Za-z0-9.-]+", "_", args.env_id)
         name = args.run_name or f"{env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
         self.args = args
@@ -762,9 +765,8 @@ class Run:
             with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                 import wandb
 
-                wandb.init(
-                    project="sac-flow", id=self.folder.name, resume="allow", config=asdict(args), sync_tensorboard=True
-                )  # fmt: skip
+                run_id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
+                wandb.init(project="sac-flow", id=run_id, resume="allow", config=asdict(args), sync_tensorboard=True)
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
@@ -835,7 +837,7 @@ class Run:
     def check_finite(self, **values) -> None:
         """Stop the program if a value is not finite, and name it; if a loss was not finite, name that instead."""
         for name, value in values.items():
-            if not np.isfinite(value).all():
+            if not (np.abs(value) <= np.finfo(np.float32).max).all():  # all is stored as float32
                 self.mean_losses()
                 fail(f"step {self.progress.step}: {name} is NaN or infinite; {self.kept()}")
 
@@ -868,11 +870,6 @@ class Run:
         self.bar.set_postfix_str(f"{shown}alpha {alpha:.2g}", refresh=False)
         if not sys.stderr.isatty() and self.progress.updates % 1000 == 0:
             print(self.bar, file=sys.stderr, flush=True)
-
-    def count_step(self) -> None:
-        """Count a step."""
-        self.progress.step += 1
-        self.bar.update()
 
     def end_episode(self, info: dict) -> None:
         """Record the end of an episode; `info` is that of its last step."""
@@ -953,7 +950,7 @@ def write(path: Path, state: dict) -> None:
 
 def load(path: Path, key: str) -> dict:
     """Read a run's file, which must have `key`; stops the program if it is missing, damaged or another script's."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises on some paths
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
     with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
         written = path.stat().st_mtime_ns
@@ -998,8 +995,8 @@ def play(args: Args, policy: dict) -> None:
     path = Path(args.evaluate)
     if args.capture_video:
         folder = path.parent if path.is_file() else path
-        first_of_kind = lambda episode: episode % args.eval_episodes == 0  # noqa: E731
-        env = record_videos(env, folder, "evaluation", first_of_kind)
+        first = lambda episode: episode % args.eval_episodes == 0  # noqa: E731  of each kind
+        env = record_videos(env, folder, "evaluation", first)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
@@ -1023,59 +1020,53 @@ def in_plain_types(state):
     return json.loads(json.dumps(state, default=np.ndarray.tolist))
 
 
-def random_states(device: torch.device, env: gym.Env) -> dict:
-    """States of all random generators, in types that torch.load(weights_only=True) accepts."""
-    return {
-        "python": random.getstate(),
-        "numpy": in_plain_types(np.random.get_state(legacy=False)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "env": in_plain_types(env.unwrapped.np_random._bit_generator.state),  # _: for dm_control's RandomState
-        "action_space": env.action_space.np_random.bit_generator.state,
-    }
+class Generators:
+    """Every random generator that a run draws from, saved and restored as networks are."""
+
+    def __init__(self, device: torch.device, env: gym.Env):
+        self.device = device
+        self.env = env
+
+    def state_dict(self) -> dict:
+        """Their states, in types that torch.load(weights_only=True) accepts."""
+        of_env = self.env.unwrapped.np_random
+        return {
+            "python": random.getstate(),
+            "numpy": in_plain_types(np.random.get_state(legacy=False)),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "env": in_plain_types(of_env.get_state(False) if is_legacy(of_env) else of_env.bit_generator.state),
+            "action_space": self.env.action_space.np_random.bit_generator.state,
+        }
+
+    def load_state_dict(self, states: dict) -> None:
+        """Put back what `state_dict` returned, with a note if the run was saved on another kind of device."""
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        of_env = self.env.unwrapped.np_random
+        if is_legacy(of_env):
+            of_env.set_state(states["env"])
+        else:
+            of_env.bit_generator.state = states["env"]
+        self.env.action_space.np_random.bit_generator.state = states["action_space"]
+        if (states["cuda"] is not None) != (self.device.type == "cuda"):
+            note(f"saved on another device, continuing on {self.device.type}: not bit for bit")
+        elif self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    @contextlib.contextmanager
+    def fork(self, seed: int):
+        """Inside, they start from `seed`; afterwards they are back where they were."""
+        states = self.state_dict()
+        seed_random(seed % 2**32)
+        yield
+        self.load_state_dict(states)
 
 
-def set_random_states(states: dict, device: torch.device, env: gym.Env) -> None:
-    """Restore what `random_states` returned, with a note if the run was saved on another kind of device."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    env.unwrapped.np_random._bit_generator.state = states["env"]
-    env.action_space.np_random.bit_generator.state = states["action_space"]
-    if (states["cuda"] is not None) != (device.type == "cuda"):
-        note(f"saved on another device, continuing on {device.type}: not bit for bit")
-    elif device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-@contextlib.contextmanager
-def fork_random(seed: int, device: torch.device, env: gym.Env):
-    """Inside, the random generators start from `seed`; afterwards they are back where they were."""
-    states = random_states(device, env)
-    seed_random(seed % 2**32)
-    yield
-    set_random_states(states, device, env)
-
-
-def training_state(learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> dict:
-    """All that decides how a run continues from an episode's end, if the environment's only state is its generator."""
-    return {
-        **{name: part.state_dict() for name, part in learned.items()},
-        **{name: tensor.detach() for name, tensor in tensors.items()},
-        "buffer": buffer.filled(),
-        "buffer_added": buffer.added,
-        "random": random_states(buffer.rows.device, env),
-    }
-
-
-def restore(state: dict, learned: dict, tensors: dict, buffer: ReplayBuffer, env: gym.Env) -> None:
-    """Put back what `training_state` returned."""
-    buffer.refill(state.pop("buffer"), state["buffer_added"])  # pop: it is as large as the buffer
-    for name, part in learned.items():
-        part.load_state_dict(state[name])
-    for name, tensor in tensors.items():
-        tensor.data.copy_(state[name])
-    set_random_states(state["random"], buffer.rows.device, env)
+def is_legacy(generator) -> bool:
+    """Whether it is numpy's old kind, as dm_control's are, which keeps a drawn Gaussian beside its bits."""
+    return isinstance(generator, np.random.RandomState)
 
 
 def lock(file) -> None:
@@ -1094,7 +1085,7 @@ def lock(file) -> None:
     file.flush()
 
 
-def make_env(env_id: str, max_episode_steps: Optional[int] = None, render_mode: Optional[str] = None) -> gym.Env:
+def make_env(env_id: str, max_episode_steps: int | None = None, render_mode: str | None = None) -> gym.Env:
     """gym.make with one-line errors for environments that do not exist or that this script cannot control.
 
     `render_mode` is rgb_array, for videos, or human, for a window if there is a display. Returns are recorded.
@@ -1196,7 +1187,7 @@ def compiled_policy(actor: Actor, jit, graph):
         policy_obs.copy_(torch.from_numpy(obs))
         policy_noise.copy_(actor.draw_noise(1, deterministic))
         act()
-        return policy_action.cpu().numpy().copy()
+        return np.array(policy_action.cpu())  # a copy
 
     return choose
 
@@ -1221,11 +1212,11 @@ def find_compiler(device: torch.device):
         return torch.compile(function, dynamic=False, options=options)
 
     try:
-        for library in Path(cache_dir()).rglob("*.so"):
+        for library in glob.iglob(f"{cache_dir()}/**/*.so", recursive=True):
             with contextlib.suppress(OSError):  # another process may remove it first
-                status = library.stat()
+                status = os.stat(library)
                 if status.st_size == 0 and time.time() - status.st_mtime > 10:  # of a compilation that was killed
-                    library.unlink()  # else every later run would fail on it
+                    os.unlink(library)  # else every later run would fail on it
         torch.compiler.reset()  # guards are off, so graphs of an earlier run in this process would be reused
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         print("the first update compiles the losses, which takes a minute or two", file=sys.stderr)

@@ -127,8 +127,8 @@ def main() -> None:
     torch.set_num_threads(1)  # the networks are small
     old_actor, critics, state = load(args.run)
     critics.requires_grad_(False)
-    all_obs = state["buffer"][:, : old_actor.obs_dim]
-    alpha = state["log_alpha"].exp()
+    all_obs = state["buffer"]["rows"][:, : old_actor.obs_dim]
+    alpha = state["scalars"]["log_alpha"].exp()
     settings = list(itertools.product(args.flow_steps, args.weight_scales, args.score_steps))
     rows = []
     for k, scale, score_step in settings:

@@ -240,8 +240,9 @@ def at_checkpoint(run: Path):
 
     actor.norm.register_forward_pre_hook(restore)  # each forward pass moves them, yet starts from the same
     torch.manual_seed(0)
-    obs = state["buffer"][torch.randint(len(state["buffer"]), (256,)), : actor.obs_dim]
-    alpha = state["log_alpha"].exp()
+    rows = state["buffer"]["rows"]
+    obs = rows[torch.randint(len(rows), (256,)), : actor.obs_dim]
+    alpha = state["scalars"]["log_alpha"].exp()
     known = described(run)
     script = importlib.import_module(known["script"])
 

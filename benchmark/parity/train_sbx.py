@@ -3,10 +3,13 @@
     pip install -r benchmark/parity/requirements.txt    # in an environment of its own
     python benchmark/parity/train_sbx.py --env-id Hopper-v4
 
-Writes args.json, returns.csv and eval.csv as the scripts do. Evaluations are of averaged weights, as theirs are.
-One thread. What still differs from sac_gaussian.py, according to the source of sbx 0.28.0:
+Writes args.json, returns.csv and eval.csv as the scripts do. Evaluations are of an average of the actor, as theirs are;
+rows of kind `last` are of the actor as it is. One thread. What still differs from sac_gaussian.py, according to the
+source of sbx 0.28.0:
 
-- The actor has BatchRenorm before each layer; ours normalises its observation alone.
+- The actor has BatchRenorm before each layer, whose running statistics are averaged with the weights; ours normalises
+  its observation alone, by the statistics of the moment.
+- The actor is updated at the third, sixth, ... update of the critics; ours at the first, fourth, ...
 - Running statistics of BatchRenorm are a moving average from mean 0, variance 1; ours start as the mean of all batches.
 - log sigma is clipped to [-20, 2]; ours is squashed to [-5, 2] by a tanh.
 - The entropy coefficient's loss is linear in log alpha, its Adam has beta1 0.9; ours is linear in alpha, beta1 0.5.
@@ -104,31 +107,36 @@ class Args:
 
 
 class AveragedCrossQ(CrossQ):
-    """CrossQ with a moving average of the actor's weights, which does not affect training."""
+    """CrossQ with a moving average of the actor, which does not affect training."""
 
-    average = None  # before the first update
+    average = None  # before the first update; then like `weights_of`
     decay = 0.0
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """One update as in CrossQ; the average moves whenever the actor does."""
         if self.average is None:
-            self.average = self.policy.actor_state.params
+            self.average = weights_of(self.policy.actor_state)
         actor_moves = (self._n_updates + 1) % self.policy_delay == 0
         super().train(gradient_steps, batch_size)
         if actor_moves:
-            self.average = move_average(self.policy.actor_state.params, self.average, 1 - self.decay)
+            self.average = move_average(weights_of(self.policy.actor_state), self.average, 1 - self.decay)
 
-    def choose(self, obs, deterministic: bool):
-        """The averaged actor's action (D,) for obs (obs_dim,), in the environment's units."""
+    def choose(self, obs, kind: str):
+        """Action (D,) for obs (obs_dim,), in the environment's units; of the averaged actor unless `kind` is last."""
         state = self.policy.actor_state
-        if self.average is not None:
-            state = state.replace(params=self.average)
-        if deterministic:
+        if kind != "last" and self.average is not None:
+            state = state.replace(**self.average)
+        if kind != "stochastic":
             action = self.policy.select_action(state, obs[None])
         else:
             self.key, key = jax.random.split(self.key)
             action = self.policy.sample_action(state, obs[None], key)
         return self.policy.unscale_action(np.clip(np.asarray(action)[0], -1, 1))
+
+
+def weights_of(actor_state) -> dict:
+    """What an average is taken of: BatchRenorm's running statistics belong to the weights of the layers before it."""
+    return {"params": actor_state.params, "batch_stats": actor_state.batch_stats}
 
 
 move_average = jax.jit(optax.incremental_update)
@@ -161,10 +169,11 @@ class Recorder(BaseCallback):
             self.write("returns.csv", self.num_timesteps, float(episode["r"]), int(episode["l"]), self.seconds())
         if self.args.eval_every and self.num_timesteps % self.args.eval_every == 0:
             self.evaluate("deterministic")
+            self.evaluate("last")
         return True
 
     def evaluate(self, kind: str) -> None:
-        """Play the averaged actor from starts determined by the seed, and record the mean."""
+        """Play from starts determined by the seed, and record the mean."""
         began = time.time()
         key = self.model.key
         returns = []
@@ -172,7 +181,7 @@ class Recorder(BaseCallback):
         for start in np.random.SeedSequence(self.args.seed).generate_state(self.args.eval_episodes):
             obs, info = self.eval_env.reset(seed=int(start))
             while "episode" not in info:  # until it is over
-                action = self.model.choose(obs.astype(np.float32), kind == "deterministic")
+                action = self.model.choose(obs.astype(np.float32), kind)
                 obs, _, _, _, info = self.eval_env.step(action)
             returns.append(float(info["episode"]["r"]))
             lengths.append(info["episode"]["l"])
@@ -251,6 +260,7 @@ def main() -> None:
     if args.eval_every:
         if args.total_timesteps % args.eval_every:
             recorder.evaluate("deterministic")
+            recorder.evaluate("last")
         recorder.evaluate("stochastic")
     print(f"{args.total_timesteps} steps in {recorder.seconds():.0f} s of training", flush=True)
 
