@@ -1339,7 +1339,7 @@ def compiled_policy(actor: Actor, jit, graph):
         policy_obs.copy_(torch.from_numpy(obs))
         policy_noise.copy_(actor.draw_noise(1, deterministic))
         act()
-        return np.array(policy_action.cpu())  # a copy
+        return policy_action.cpu().numpy().copy()
 
     return choose
 

@@ -285,7 +285,7 @@ def test_largest_entropy_is_that_of_the_largest_sigma(script, score_step, entrop
     assert -log_prob.mean() < actor.largest_entropy()
     if entropy == "last-step":
         assert actor.largest_entropy() == pytest.approx(uniform.item())
-    actor.step = lambda i, a, v, sigma: (a, torch.full_like(a, math.exp(-5.0)))  # far below the uniform's
+    actor.step = lambda i, a, v, sigma: (a, torch.full_like(sigma, math.exp(-5.0)))  # far below the uniform's
     normal = 0.5 * math.log(2 * math.pi * math.e) - 5
     count = 1 if entropy == "last-step" else k
     start = 0 if entropy == "last-step" else 3 * (normal + 5)
