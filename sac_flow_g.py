@@ -598,7 +598,7 @@ def main() -> None:
         state["targets"] = targets
     with explained(f"--env-id {args.env_id}: its reset failed"):
         env.reset(seed=args.seed)
-    env.action_space.seed(args.seed)
+    generators.action_space.seed(args.seed)
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint is not for {args.env_id} as it is now, or was altered"):
             for name, part in state.items():
@@ -666,7 +666,7 @@ def main() -> None:
             if done:
                 obs = to_obs(env.reset()[0])
             if progress.step < args.learning_starts:
-                action = env.action_space.sample().ravel().astype(np.float32)
+                action = generators.action_space.sample().ravel().astype(np.float32)
             else:
                 action = choose(obs)
             run.check_finite(observation=obs, action=action)
@@ -1178,6 +1178,7 @@ class Generators:
     def __init__(self, device: torch.device, env: gym.Env):
         self.device = device
         self.env = env
+        self.action_space = env.action_space  # kept, since some environments make a new one at each access
 
     def state_dict(self) -> dict:
         """Their states, in types that torch.load(weights_only=True) accepts."""
@@ -1188,7 +1189,7 @@ class Generators:
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "env": in_plain_types(of_env.get_state(False) if is_legacy(of_env) else of_env.bit_generator.state),
-            "action_space": self.env.action_space.np_random.bit_generator.state,
+            "action_space": self.action_space.np_random.bit_generator.state,
         }
 
     def load_state_dict(self, states: dict) -> None:
@@ -1201,7 +1202,7 @@ class Generators:
             of_env.set_state(states["env"])
         else:
             of_env.bit_generator.state = states["env"]
-        self.env.action_space.np_random.bit_generator.state = states["action_space"]
+        self.action_space.np_random.bit_generator.state = states["action_space"]
         if (states["cuda"] is not None) != (self.device.type == "cuda"):
             note(f"saved on another device, continuing on {self.device.type}: not bit for bit")
         elif self.device.type == "cuda":

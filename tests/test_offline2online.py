@@ -291,7 +291,8 @@ def test_logging_gradient_norms_leaves_training_as_it_is():
     args = script.Args(batch_size=6, chunk=2)
     run = SimpleNamespace(args=args, progress=script.Progress(step=1000), write_scalars=written.update)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    script.log_gradient_norms(run, actor, critics, buffer, gym.make("InvertedPendulum-v4"), 0.1, 7.0)
+    generators = script.Generators(torch.device("cpu"), gym.make("InvertedPendulum-v4"))
+    script.log_gradient_norms(run, actor, critics, buffer, generators, 0.1, 7.0)
     assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
     assert set(written) == {"flow/sigma"} | {f"flow/grad_norm_step_{i}" for i in range(5)}
     assert all(value > 0 for value in written.values()) and written["flow/sigma"] == pytest.approx(0.3)

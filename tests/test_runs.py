@@ -153,6 +153,13 @@ def test_same_seed_same_run_other_seed_other_run(run, tmp_path):
     assert not torch.equal(first["buffer"]["rows"], other["buffer"]["rows"])
 
 
+def test_random_actions_are_seeded_also_if_an_environment_renews_its_action_space(shared, main):
+    flags = ["--env-id", "tiny_envs:Renewing-v0", "--total-timesteps", 60, "--learning-starts", 50, *SMALL]
+    first, second = (checkpoint(main(shared, *flags)) for _ in range(2))
+    assert_same(first["buffer"], second["buffer"])
+    assert_same(first["generators"], second["generators"])
+
+
 def test_an_observation_that_changes_in_place_is_copied(run, tmp_path):
     done = run("--env-id", "tiny_envs:InPlace-v0", "--total-timesteps", 50, "--learning-starts", 45, *SMALL)
     assert done.returncode == 0, done.stderr

@@ -35,6 +35,14 @@ class Scripted(gym.Env):
         return obs, reward, terminated, truncated, {}
 
 
+class Renewing(Scripted):
+    """`Scripted` whose action space is a new one at each access, as OGBench's."""
+
+    @property
+    def action_space(self):
+        return gym.spaces.Box(np.array([-1, 0], np.float32), np.array([2, 4], np.float32))
+
+
 class Recorded(Scripted):
     """`Scripted` that keeps the seeds of its resets and the buffer's rows of its steps; a termination is a success."""
 
@@ -181,6 +189,7 @@ gym.register("Episodic-v0", lambda: RecordEpisodeStatistics(Episodic()))
 gym.register("Windowless-v0", Windowless)
 gym.register("Dice-v0", Dice)
 gym.register("InPlace-v0", InPlace)
+gym.register("Renewing-v0", Renewing, max_episode_steps=100)
 gym.register("Absent-v0", Absent, max_episode_steps=9)
 gym.register("Endless-v0", Endless)
 gym.register("Broken-v0", lambda: 1 / 0)
