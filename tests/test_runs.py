@@ -819,7 +819,7 @@ def test_bad_checkpoints(run, name, tmp_path):
     altered = torch.load(io.BytesIO(whole))
     altered["args"]["env_id"] = "Hopper-v4"
     torch.save(altered, path)
-    assert_refused(run("--resume", folder, "--total-timesteps", 200), "not for Hopper-v4 as it is now, or was altered")
+    assert_refused(run("--resume", folder, "--total-timesteps", 200), "not for Hopper-v4 now")
     altered = torch.load(io.BytesIO(whole))
     altered["generators"] = None
     torch.save(altered, path)

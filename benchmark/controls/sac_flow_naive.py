@@ -593,7 +593,7 @@ def main() -> None:
         env.reset(seed=args.seed)
     generators.action_space.seed(args.seed)
     if checkpoint:
-        with explained(f"--resume {args.resume}: its checkpoint is not for {args.env_id} as it is now, or was altered"):
+        with explained(f"--resume {args.resume}: it was altered, is of an older version, or not for {args.env_id} now"):
             for name, part in state.items():
                 part.load_state_dict(checkpoint.pop(name))  # pop: the buffer's is large
     run = Run(args, args.total_timesteps, checkpoint)
