@@ -734,7 +734,6 @@ def main() -> None:
         critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer,
         scalars=nn.ParameterDict(dict(log_alpha=log_alpha, losses=losses)), buffer=buffer, generators=generators,
     )  # fmt: skip
-
     with explained(f"--env-id {args.env_id}: its reset failed"):
         env.reset(seed=args.seed)
     generators.action_space.seed(args.seed)
@@ -2094,7 +2093,7 @@ def find_compiler(device: torch.device):
         return torch.compile(function, dynamic=False, options=options)
 
     try:
-        for library in glob.iglob(f"{cache_dir()}/**/*.so", recursive=True):
+        for library in glob.iglob(f"{glob.escape(cache_dir())}/**/*.so", recursive=True):
             with contextlib.suppress(OSError):  # another process may remove it first
                 status = os.stat(library)
                 if status.st_size == 0 and time.time() - status.st_mtime > 10:  # of a compilation that was killed

@@ -1213,7 +1213,7 @@ def find_compiler(device: torch.device):
         return torch.compile(function, dynamic=False, options=options)
 
     try:
-        for library in glob.iglob(f"{cache_dir()}/**/*.so", recursive=True):
+        for library in glob.iglob(f"{glob.escape(cache_dir())}/**/*.so", recursive=True):
             with contextlib.suppress(OSError):  # another process may remove it first
                 status = os.stat(library)
                 if status.st_size == 0 and time.time() - status.st_mtime > 10:  # of a compilation that was killed
