@@ -440,7 +440,9 @@ def run_all(args: Args, runs: list[Run], screen: Screen, ray, slots: int) -> int
                 run.state = "stopped"
             except ray.exceptions.RayError as error:
                 run.state = "failed"
-                run.note = f"died {args.retries + 1} times; {str(error).splitlines()[-1]}"
+                own = isinstance(error, ray.exceptions.RayTaskError) and not isinstance(error, Died)
+                tries = "" if own else f"died {args.retries + 1} times; "  # an error of `train` itself is not retried
+                run.note = tries + str(error).splitlines()[-1]
         for run in pending.values():
             log = log_of(run)
             run.state = "running" if log.exists() and log.stat().st_mtime >= began else "waiting"

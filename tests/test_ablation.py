@@ -25,7 +25,8 @@ ONE_BATCH = ["plain", "sigma", "flow-g", "clipped"]  # an update's, for the acto
 def make_actor(variant, dim=16, warmup=100_000):
     """A variant's actor of 5 observations and 3 actions, as the program makes it."""
     sizes = dict(velocity_dim=dim, sigma_dim=16, encoder_dim=16)
-    args = ablation.Args(variant=variant, flow_steps=K, renorm_warmup=warmup, **sizes)
+    score_step = "none" if variant in OWN_SIGMA else "exponential"
+    args = ablation.Args(variant=variant, flow_steps=K, score_step=score_step, renorm_warmup=warmup, **sizes)
     return ablation.make_actor(args, 5, LOW, HIGH)
 
 
@@ -450,7 +451,8 @@ def refused(done, *words):
         (["--no-crossq"], ["Unrecognized", "--no-crossq", "always"]),
         (["--norms-every", -5], ["--norms-every", "-5"]),
         (["--variant", "flow-g", "--velocity-dim", 15], ["--velocity-dim", "even", "15"]),
-        (["--variant", "renorm", "--score-step", "euler"], ["--score-step", "renorm", "drop"]),
+        (["--variant", "renorm", "--score-step", "euler"], ["--score-step euler", "renorm", "drop"]),
+        (["--variant", "renorm", "--score-step", "exponential"], ["--score-step exponential", "renorm", "drop"]),
     ],
 )
 def test_flags_that_would_undo_a_variant(start, tmp_path, flags, words):

@@ -349,6 +349,12 @@ def test_more_cores_than_there_are(begin):
     assert len(output.splitlines()) == 1 and "--cores-per-run 1000" in output and "cores" in output
 
 
+def test_a_run_that_cannot_start_did_not_die(begin, tmp_path):
+    (tmp_path / "runs" / "odd" / f"{ENV}__sac_flow_g__1.log").mkdir(parents=True)  # where its log would be
+    output = end(begin("--name", "odd", "--env-ids", ENV, *FLAGS), 1)
+    assert "1 runs: 1 failed" in output and "IsADirectoryError" in output and "died" not in output
+
+
 def test_another_sweep_of_that_name_or_the_same_at_once(main, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = sweep.describe(sweep.Args(name="first", env_ids=(ENV,)), ["--gamma", "0.9"])

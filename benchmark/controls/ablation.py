@@ -330,10 +330,12 @@ VARIANTS = {
 
 @dataclass
 class Args(naive.Args):
-    """Flags of the command line: those of sac_flow_naive.py, three of them redefined, and two more."""
+    """Flags of the command line: those of sac_flow_naive.py, four of them redefined, and two more."""
 
     entropy: Literal["path"] = "path"
     """which entropy to regularise: that of the whole path, as in the paper"""
+    score_step: Literal["exponential", "euler", "none"] | None = None
+    """how to integrate the score; default: none if the variant has a sigma of its own, else exponential"""
     crossq: Literal[True] = True
     """CrossQ's critics, always: the variants are about BatchRenorm"""
     renorm_warmup: int = 100_000
@@ -367,11 +369,11 @@ def parse_args() -> tuple[Args, dict | None]:
         naive.fail(
             f"--velocity-dim must be even, half for the gate and half for the candidate, not {args.velocity_dim}"
         )
-    if issubclass(VARIANTS[args.variant], Sigma):
-        if args.score_step == "euler":
-            naive.fail(f"--score-step euler: variant {args.variant} has no score; drop the flag")
-        args = replace(args, score_step="none")
-    return args, checkpoint
+    own_step = issubclass(VARIANTS[args.variant], Sigma)
+    if own_step and args.score_step not in (None, "none"):
+        naive.fail(f"--score-step {args.score_step}: variant {args.variant} has no score; drop the flag")
+    score_step = args.score_step or ("none" if own_step else "exponential")
+    return replace(args, score_step=score_step), checkpoint
 
 
 def make_actor(args: Args, obs_dim: int, action_low, action_high) -> naive.Actor:
