@@ -45,6 +45,22 @@ def script(request):
 
 
 @pytest.fixture
+def refused(capsys):
+    """`refused(function, *texts)`: it stops with exit code 2 and one line that holds every text."""
+
+    def refused(function, *texts):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as error:
+            function()
+        lines = capsys.readouterr().err.splitlines()
+        assert error.value.code == 2 and len(lines) == 1, lines
+        for text in texts:
+            assert text in lines[0], lines
+
+    return refused
+
+
+@pytest.fixture
 def shared():
     """sac_flow_g.py alone, for tests of text that the scripts share (test_project.py) and that no velocity affects."""
     return importlib.import_module("sac_flow_g")

@@ -259,24 +259,18 @@ def test_a_policy_file_is_played_and_its_observations_are_copied(start, tmp_path
     ],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line(flags, named, monkeypatch, tmp_path, capsys):
+def test_bad_input_is_one_line(flags, named, monkeypatch, tmp_path, refused):
     (tmp_path / "a-file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["collect.py", *map(str, flags)])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("importlib.metadata.version", lambda package: "1")
-    with pytest.raises(SystemExit) as stop:
-        collect.main()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and named in line
+    refused(collect.main, named)
 
 
-def test_a_missing_package_is_one_line(monkeypatch, capsys):
+def test_a_missing_package_is_one_line(monkeypatch, refused):
     def missing(package):
         raise collect.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr("importlib.metadata.version", missing)
-    with pytest.raises(SystemExit) as stop:
-        collect.settings_of(collect.Args())
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and collect.INSTALL in line
+    refused(lambda: collect.settings_of(collect.Args()), collect.INSTALL)

@@ -304,7 +304,7 @@ def test_a_saved_policy_is_evaluated_both_ways_and_filmed(train, scripted, monke
     assert len(videos) == 2 and all(path.stat().st_size > 500 for path in videos)  # the first episode of each kind
 
 
-def test_an_environment_that_fails_to_close_is_a_line(train, scripted, monkeypatch, capsys):
+def test_an_environment_that_fails_to_close_is_a_line(train, scripted, monkeypatch, refused):
     """After all has been printed; and --track, which would do nothing there, is refused."""
     run = train(scripted, *"--chunk 3 --offline-steps 2 --online-steps 0 --eval-episodes 1".split())
 
@@ -313,12 +313,8 @@ def test_an_environment_that_fails_to_close_is_a_line(train, scripted, monkeypat
 
     monkeypatch.setattr(tiny_envs.Recorded, "close", close)
     for flags, words in (([], "the arm fell off"), (["--track"], "--track goes with training")):
-        capsys.readouterr()
         monkeypatch.setattr("sys.argv", ["x", "--evaluate", str(run), *flags])
-        with pytest.raises(SystemExit) as error:
-            script.main()
-        (line,) = capsys.readouterr().err.splitlines()
-        assert error.value.code == 2 and words in line, line
+        refused(script.main, words)
 
 
 def test_evaluate_plays_what_the_runs_own_evaluation_played(train, data, monkeypatch, capsys):

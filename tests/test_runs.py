@@ -682,26 +682,21 @@ def assert_refused(done, *words):
         ("--buffer-size 1000000000000000", "--buffer-size"),
     ],
 )
-def test_bad_flags(shared, tmp_path, monkeypatch, capsys, flags, words):
+def test_bad_flags(shared, tmp_path, monkeypatch, refused, flags, words):
     monkeypatch.chdir(tmp_path)
     few = ["--total-timesteps", "5001", "--no-compile"]  # should a run start after all
     monkeypatch.setattr("sys.argv", ["script", *few, *flags.split()])
-    with pytest.raises(SystemExit) as error:
-        shared.main()
-    stderr = capsys.readouterr().err
-    assert error.value.code == 2 and len(stderr.splitlines()) == 1 and words in stderr, stderr
+    refused(shared.main, words)
     assert not any(tmp_path.iterdir())  # nothing was created
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--run-name"])
-def test_an_empty_name_is_an_error(shared, tmp_path, monkeypatch, capsys, flag):
+def test_an_empty_name_is_an_error(shared, tmp_path, monkeypatch, refused, flag):
     """What an unset shell variable leaves; it used to start a run of a million steps."""
     monkeypatch.chdir(tmp_path)
     few = ["--total-timesteps", "60", "--learning-starts", "50", *SMALL]  # should it start one after all
     monkeypatch.setattr("sys.argv", ["script", flag, "", *few])
-    with pytest.raises(SystemExit) as error:
-        shared.main()
-    assert error.value.code == 2 and f"{flag} must be a name" in capsys.readouterr().err
+    refused(shared.main, f"{flag} must be a name")
     assert not any(tmp_path.iterdir())
 
 
