@@ -96,11 +96,12 @@ class Args:
     dataset: str | None = None
     """file with the data (robomimic's .hdf5, OGBench's .npz; for a gymnasium id .npz or .hdf5 with D4RL's keys), a
     folder of .npz files that are used in turn, the folder of a LeRobot data set (version 3), or the root folder of
-    Minari data sets; default: where the packages keep their downloads, then data/"""
+    Minari data sets; default: where the packages keep their downloads, then what --collect collects"""
     obs_keys: tuple[str, ...] = ()
     """parts of the observation, in order; default: robomimic's usual four, or LeRobot's observation.state"""
     collect: int | None = None
-    """episodes to collect with scripted experts if there is no data; default: 100 for lift, can and square, else 0"""
+    """if there is no data: episodes to collect with scripted experts, kept as data/<task>-<collect>; default: 100 for
+    lift, can and square, else 0"""
     seed: int = 1
     """seed of every random generator"""
     offline_steps: int = 5_000
@@ -136,7 +137,8 @@ class Args:
     online_fraction: float | None = None
     """share of each online batch drawn from online experience, the rest from the data; default: uniform over both"""
     normalize_observations: bool = False
-    """standardise observations by the data's mean and deviation (for a folder, those of its first file)"""
+    """standardise observations by the data's mean and deviation (for a folder, those of its first file); where the
+    deviation is below 1e-4, only the mean is subtracted"""
     rescale_actions: bool = False
     """for data whose actions are in other units: each action's smallest and largest value become the policy's bounds,
     mapped to the environment's if those are finite. Correct only if the data reach both ends of every action's range"""
@@ -960,7 +962,8 @@ def parse_args() -> tuple[Args, dict | None]:
     if args.offline_steps + args.online_steps == 0:
         fail("--online-steps must be above 0 if --offline-steps is 0")
     if 0 < args.online_steps <= args.online_start:
-        fail(f"--online-start {args.online_start} leaves no update: raise --online-steps {args.online_steps}")
+        what = f"--online-steps {args.online_steps} ends before the first update"
+        fail(f"{what}: raise it above --online-start {args.online_start}")
     if not (args.resume or args.evaluate):
         package = benchmark_of(args.env_id, args.dataset)
         if args.obs_keys and package not in ("robosuite", "pyarrow"):
@@ -1022,7 +1025,7 @@ def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, n
     constant = high - low <= 1e-6 * np.maximum(abs(low), abs(high))  # up to rounding
     if constant.any():
         which = ", ".join(map(str, np.flatnonzero(constant)))
-        note(f"action {which} is always the same in the data: it becomes the middle of its range")
+        note(f"action {which} is always the same in the data: that +-1, or the middle of the environment's range")
     return low - constant, high + constant
 
 
@@ -1035,9 +1038,10 @@ def make_networks(args: Args, env: gym.Env, device: torch.device, about_data: di
     obs_dim = env.observation_space.shape[0]
     action_dim = env.action_space.low.size
     low, high = bounds_of(args, env, about_data)
-    rows = about_data["rows"] + args.online_steps + args.chunk  # chunks run on into zeros until the ring is full
+    rows = about_data["rows"] + args.online_steps
     if args.online_fraction is not None and rows > args.buffer_size:
         fail(f"--online-fraction tells data from experience by their place: --buffer-size must be at least {rows}")
+    rows += args.chunk  # chunks run on into zeros until the ring is full
     with explained("cannot make the buffer (--buffer-size) or networks (--critic-dim and the like)"):
         actor = make_actor(args, obs_dim, low, high)
         of_critic = obs_dim, actor.action_dim, args.critic_dim, args.critic_layers
@@ -1442,7 +1446,7 @@ def benchmark_of(env_id: str, dataset: str | None = None) -> str:
         package = "minari"
     else:
         path = Path(os.path.expanduser(dataset))
-        own = path.suffix in (".npz", ".hdf5", ".h5") or any(path.glob("*.npz"))
+        own = path.suffix in (".npz", ".hdf5", ".h5") or os.path.isdir(path) and any(path.glob("*.npz"))
         own = own or ":" in env_id or env_id in gym.registry  # a run can be resumed after its data is gone
         package = "pyarrow" if is_lerobot(path) else "gymnasium" if own else "minari"
     warnings.filterwarnings("ignore", module="gymnasium|minari|robosuite")
@@ -1459,7 +1463,7 @@ def benchmark_of(env_id: str, dataset: str | None = None) -> str:
 
 def is_lerobot(path: Path) -> bool:
     """Whether a folder holds a LeRobot data set."""
-    return (path / "meta" / "info.json").is_file()
+    return os.path.isfile(path / "meta" / "info.json")  # Path.is_file raises on some paths
 
 
 def has_experts(env_id: str) -> bool:
@@ -1484,14 +1488,16 @@ def robomimic_kwargs(path: str, env_id: str) -> dict:
     import robosuite
 
     with explained(f"{path} is truncated, corrupted or of another format"), h5py.File(path) as file:
-        env_args = json.loads(file["data"].attrs.get("env_args", "{}"))
-    kwargs = env_args.get("env_kwargs", {})
+        env_args = json.loads(file["data"].attrs.get("env_args", "{}")) or {}
+    kwargs = env_args.get("env_kwargs") or {}
     name, _ = robosuite_task(env_id)
     here = robosuite.__version__
-    version = env_args.get("env_version", here)
+    version = env_args.get("env_version") or here
     controllers = kwargs.get("controller_configs") or {"body_parts": {}}  # robosuite's default for the robot
     controller = controllers[0] if isinstance(controllers, list) else controllers
     remedy = "name another --dataset"
+    if name in ("PickPlace", "NutAssembly", "Wipe"):
+        fail(f"--env-id {env_id}: its reward does not tell success, as it is paid for parts of the task: name another")
     if env_args.get("env_name", name) != name:
         fail(f"{path} is of {env_args['env_name']}, not of --env-id {env_id}: {remedy}")
     if version.split(".")[:2] != here.split(".")[:2]:
@@ -1586,7 +1592,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             if args.sparse:
                 env = gym.wrappers.TransformReward(env, lambda reward: -float(reward != 0))
         elif package == "minari":
-            env = minari_dataset(args).recover_environment(**kwargs)
+            env = minari_dataset(args).recover_environment(**{"eval_env": True, **kwargs})  # if it names one
         else:
             env = gym.make(args.env_id, **kwargs)
         endless = package != "robosuite" and env.spec.max_episode_steps is None
@@ -1672,10 +1678,10 @@ def find_dataset(args: Args) -> list[Path]:
     if args.dataset:
         path = Path(os.path.expanduser(args.dataset))
         files = [path]
-        if path.is_dir() and not is_lerobot(path):
+        if os.path.isdir(path) and not is_lerobot(path):
             files = sorted(file for file in path.glob("*.npz") if not file.stem.endswith("-val"))
-        if not files or not files[0].exists():
-            fail(f"--dataset {path}: {'no .npz file in this folder' if path.is_dir() else 'no such file or folder'}")
+        if not files or not os.path.exists(files[0]):
+            fail(f"--dataset {path}: {'no .npz file in this folder' if not files else 'no such file or folder'}")
         return files
     advice = ""
     if benchmark_of(args.env_id) == "robosuite":
@@ -1891,8 +1897,8 @@ def load_data(path: str | None, env: gym.Env, args: Args) -> torch.Tensor:
             data = {key: np.asarray(values, np.float32) for key, values in data.items()}
     except KeyError as error:
         fail(f"{path} lacks what a data set for --env-id {args.env_id} has ({error.args[0]}): name another --dataset")
-    except FileNotFoundError:
-        fail(f"{path} is gone: put it back")
+    except FileNotFoundError as error:
+        fail(f"{error.filename or first_line(error)} is gone: put it back")
     except Exception as error:
         what = f"is truncated, corrupted or of another format ({first_line(error)})"
         fail(f"{path} {what}: fetch it again, or name another --dataset")

@@ -84,8 +84,8 @@ def columns(rows: torch.Tensor, obs_dim: int, action_dim: int) -> dict[str, np.n
     return {name: part.squeeze(1) if part.shape[1] == 1 else part for name, part in zip(COLUMNS, parts, strict=True)}
 
 
-def write_minari(root: Path, name: str, env, episodes: int) -> None:
-    """Minari's data set `name` in the folder `root`: episodes of random actions in an environment."""
+def write_minari(root: Path, name: str, env, episodes: int, eval_env=None) -> None:
+    """Minari's data set `name` in the folder `root`: episodes of random actions in `env`; `eval_env` is for tests."""
     import minari
     from minari.data_collector import EpisodeBuffer
 
@@ -106,7 +106,7 @@ def write_minari(root: Path, name: str, env, episodes: int) -> None:
         buffers.append(EpisodeBuffer(id=i, observations=np.array(observations), **columns))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(root))
-        minari.create_dataset_from_buffers(name, buffers, env=env)
+        minari.create_dataset_from_buffers(name, buffers, env=env, eval_env=eval_env)
 
 
 class FixedPolicy(nn.Module):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -264,7 +265,7 @@ def test_a_run_of_robosuite_resumes_with_the_flags_that_started_it(monkeypatch, 
 def test_an_environment_without_an_end_gets_one(monkeypatch):
     args = script.Args("goal_envs:Timeless-v0", dataset="own.npz")
     assert script.make_env(args).get_wrapper_attr("_max_episode_steps") == 10_000
-    dataset = SimpleNamespace(recover_environment=partial(gym.make, args.env_id))
+    dataset = SimpleNamespace(recover_environment=lambda eval_env: gym.make(args.env_id))
     monkeypatch.setattr(script, "minari_dataset", lambda args: dataset)
     monkeypatch.setattr(script, "benchmark_of", lambda *names: "minari")
     assert script.make_env(script.Args("mine/timeless-v0")).get_wrapper_attr("_max_episode_steps") == 10_000
@@ -505,7 +506,9 @@ def test_only_online_batches_are_mixed(main, monkeypatch, refused, reach):
     own = ["--env-id", REACH, "--dataset", reach, *SHORT]
     main(*own, "--online-fraction", 0.5)
     assert fractions == [None] * 20 + [0.5] * 20  # of 30 steps online the first 10 are without an update
-    refused([*own, "--online-fraction", 0.5, "--buffer-size", 50], "--online-fraction", "--buffer-size", "at least")
+    rows = 48 + 30  # the data's and those of the online phase
+    main(*own, "--online-fraction", 0.5, "--buffer-size", rows)
+    refused([*own, "--online-fraction", 0.5, "--buffer-size", rows - 1], "--online-fraction", f"at least {rows}")
     refused([*own, "--online-fraction", 1.5], "--online-fraction must be in [0, 1]")
 
 
@@ -654,6 +657,10 @@ def test_robomimic_files_that_do_not_fit(refused, tmp_path):
     refuse("controller", "OSC_POSE", controller_configs=dict(type="OSC_POSE", input_max=1))
     refuse("of Stack, not of --env-id lift", env_name="Stack")
     refuse("shaped rewards", reward_shaping=True)
+    for name in ("PickPlace", "NutAssembly", "Wipe"):
+        refused(["--env-id", f"robosuite/{name}", *flags, *KEYS], f"--env-id robosuite/{name}", "parts of the task")
+    robomimic_file(path, changes=dict(env_version=None, env_kwargs=None))
+    assert script.robomimic_kwargs(path, "lift") == {}
     robomimic_file(path)
     shaped = ["--env-kwargs", '{"reward_shaping": true}']
     refused([*flags, *KEYS, *shaped], "--env-kwargs", "no shaped reward says success")
@@ -740,6 +747,9 @@ def test_lerobot_sets_that_do_not_fit(refused, tmp_path, monkeypatch):
     refused([*flags, tmp_path / "imitation", *LEROBOT_KEYS], "lacks", "next.reward")
     refused([*flags, tmp_path / "imitation", "--obs-keys", "observation.stat"], "lacks", "observation.stat")
     refused([*flags, tmp_path / "imitation", "--resume", "x"], "there is no x")
+    refused([*flags, "x" * 300], "--dataset", "no such file")
+    shutil.rmtree(tmp_path / "imitation" / "data")
+    refused([*flags, tmp_path / "imitation"], "imitation/data", "is gone")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused([*flags, tmp_path / "old"], "needs pyarrow", "-r benchmark/demonstrations/requirements.txt")
 

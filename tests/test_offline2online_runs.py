@@ -157,6 +157,17 @@ def pendulum(tmp_path_factory) -> Path:
     return folder
 
 
+def test_minaris_environment_for_evaluation(tmp_path):
+    """The one that scores of a data set are about; the one that the data come from if it names none, or if asked."""
+    collecting, evaluating = (gym.make("InvertedPendulum-v5", max_episode_steps=n) for n in (1000, 77))
+    write_minari(tmp_path, "tests/own-v0", collecting, 1)
+    write_minari(tmp_path, "tests/both-v0", collecting, 1, evaluating)
+    cases = [("own", None, 1000), ("both", None, 77), ("both", '{"eval_env": false}', 1000)]
+    for name, kwargs, steps in cases:
+        args = script.Args(f"tests/{name}-v0", dataset=str(tmp_path), env_kwargs=kwargs)
+        assert script.make_env(args).get_wrapper_attr("_max_episode_steps") == steps
+
+
 def test_minari_rows_are_those_of_its_own_reader(pendulum):
     args = script.Args(env_id="tests/pendulum-v0", dataset=str(pendulum))
     env = script.make_env(args)
@@ -512,7 +523,7 @@ def test_bad_flags(refused, run, monkeypatch, tmp_path, pendulum):
     refuse([*data, "--alpha", 0], "--autotune", "--alpha")
     refuse([*data, "--beta", -1], "--beta", "0 or more")
     refuse([*data, "--sigma", 0], "--sigma", "above 0")
-    refuse([*data, "--online-start", 500, "--online-steps", 400], "--online-start 500", "no update")
+    refuse([*data, "--online-start", 500, "--online-steps", 400], "--online-start 500", "before the first update")
     refuse([*data, "--collect", 5], "--collect", "--dataset")
     refuse(["--env-id", CUBE.replace("task1", "task9"), "--collect", 5], "task9")
     refuse(["--env-id", CUBE.replace("play", "noisy"), "--collect", 5], "--collect is for lift")
