@@ -598,7 +598,7 @@ def main() -> None:
         state["targets"] = targets
     with explained(f"--env-id {args.env_id}: its reset failed"):
         env.reset(seed=args.seed)
-    generators.action_space.seed(args.seed)
+    generators.action_space.seed(args.seed + 1)  # alike, random actions would repeat the environment's own draws
     if checkpoint:
         with explained(f"--resume {args.resume}: it was altered, is of an older version, or not for {args.env_id} now"):
             for name, part in state.items():
@@ -647,7 +647,7 @@ def main() -> None:
         with generators.fork(args.seed + progress.step):
             obs, *_ = buffer.sample(args.batch_size)
             norms = gradient_norms(actor, critics, obs, actor.draw_noise(args.batch_size), log_alpha.detach().exp())
-        run.write_scalars({f"flow/grad_norm_step_{i}": norm for i, norm in enumerate(norms.tolist())})
+        run.write_scalars("flow/grad_norm_step_", dict(enumerate(norms.tolist())))
 
     def score(kind: Literal["deterministic", "stochastic"]) -> None:
         """Evaluate the averaged actor. Neither training nor its clock notices."""
@@ -656,9 +656,6 @@ def main() -> None:
             scores = evaluate(act, eval_env, args.eval_episodes, args.seed)
         if run.report(kind, scores):  # the best so far
             run.save_policy("policy_best.pt", average)
-
-    def save() -> None:
-        run.save({name: part.state_dict() for name, part in state.items()}, average)
 
     with run, env, eval_env:
         done = True
@@ -697,7 +694,7 @@ def main() -> None:
             if done:
                 run.end_episode(info)
             if at_end or (done and run.should_save()):
-                save()
+                run.save({name: part.state_dict() for name, part in state.items()}, average)
                 if run.interrupted:
                     break
     run.say_where()
@@ -783,8 +780,8 @@ def parse_args() -> tuple[Args, dict | None]:
         saved.track &= bool(args.resume)
         saved.cuda &= torch.cuda.is_available()
         args = read_flags(Args, __doc__, default=saved)
-        may_change = "total_timesteps cuda compile capture_video track save_every eval_every eval_episodes".split()
-        may_change += ["seed"] if args.evaluate else []
+        may_change = "total_timesteps cuda compile capture_video save_every eval_every eval_episodes".split()
+        may_change += ["seed"] if args.evaluate else ["track"]
         for name, old in vars(saved).items():
             new = getattr(args, name)
             if new != old and name not in may_change:
@@ -811,7 +808,6 @@ def parse_args() -> tuple[Args, dict | None]:
         ("target_entropy", math.isfinite, "finite"),
         ("target_entropy", lambda x: args.autotune, "left out with --no-autotune"),
         ("renorm_warmup", lambda n: args.crossq, "left out with --no-crossq"),
-        ("track", lambda on: not (on and args.evaluate), "left out with --evaluate"),
         ("cuda", lambda on: torch.cuda.is_available() or not on, "off where torch finds no CUDA device (--no-cuda)"),
     ]
     for names, holds, requirement in rules:
@@ -913,18 +909,18 @@ class Run:
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
         self.history = []  # (step, losses) of each update since the losses were last checked
-        if args.track:
-            with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
-                import wandb
-
-                run_id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
-                wandb.init(project="sac-flow", id=run_id, resume="allow", config=asdict(args), sync_tensorboard=True)
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
             lock(self.lock)
             if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
                 fail(f"{self.folder} was continued by another process in the meantime: run the command again")
+            if args.track:
+                with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
+                    import wandb
+
+                    id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
+                    wandb.init(project="sac-flow", id=id, resume="allow", config=asdict(args), sync_tensorboard=True)
             flags = json.dumps(asdict(args), indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():
@@ -949,16 +945,18 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.close()
-        with contextlib.suppress(OSError):  # a full disk is reported below
+        try:
             self.writer.close()
-        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, Failure):
+        except OSError as full_disk:
+            error = error or full_disk
+        if error and not isinstance(error, Failure):
             where = "the disk may be full"
             with contextlib.suppress(OSError):
                 (self.folder / "error.txt").write_text("".join(format_exception(error)))
                 where = f"traceback in {self.folder / 'error.txt'}"
             what = f"{type(error).__name__}: {first_line(error)}"
             message = f"step {self.progress.step} of {self.args.env_id}: {what}; {where}; {self.kept()}"
-            if self.interrupted:  # a compiler hears Ctrl-C, too, and fails
+            if self.interrupted:  # a compiler, or ffmpeg, hears Ctrl-C, too, and fails
                 print(f"stopped: {message}", file=sys.stderr)
                 raise SystemExit(128 + self.interrupted)
             fail(message)
@@ -1010,8 +1008,8 @@ class Run:
         self.history.append((self.progress.step, losses.clone()))
         if self.progress.updates % 100 == 0:
             means = self.mean_losses()
-            self.write_scalars({f"losses/{name}": mean for name, mean in means.items()})
-            self.write_scalars({"charts/SPS": self.progress.step / self.seconds()})
+            self.write_scalars("losses/", means)
+            self.write_scalars("charts/", {"SPS": self.progress.step / self.seconds()})
             self.say_how_it_goes(means["alpha"])
 
     def say_how_it_goes(self, alpha: float) -> None:
@@ -1026,25 +1024,26 @@ class Run:
     def end_episode(self, info: dict) -> None:
         """Record the end of an episode; `info` is that of its last step."""
         episode = info[EPISODE]
-        self.write_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+        self.write_scalars("charts/episodic_", {"return": episode["r"], "length": episode["l"]})
         self.write_row("returns.csv", float(episode["r"]), episode["l"])
 
     def report(self, kind: str, scores: dict[str, float]) -> bool:
         """Record an evaluation; returns whether it is the best so far."""
         prefix = "eval/" if kind == "deterministic" else f"eval/{kind}_"
-        self.write_scalars({prefix + name: value for name, value in scores.items()})
+        self.write_scalars(prefix, scores)
         shown = [f"{value:.5g}" for value in scores.values()]
         self.write_row("eval.csv", kind, *shown, self.args.eval_episodes)
         tqdm.write(f"step {self.progress.step}, {kind}: {describe(scores)}")
+        sys.stdout.flush()
         better = kind == "deterministic" and scores["return"] > self.progress.best
         if better:
             self.progress.best = float(scores["return"])
         return better
 
-    def write_scalars(self, scalars: dict[str, float]) -> None:
-        """Write to TensorBoard."""
+    def write_scalars(self, prefix: str, scalars: dict) -> None:
+        """Write to TensorBoard, with `prefix` before each name."""
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, self.progress.step)
+            self.writer.add_scalar(f"{prefix}{name}", value, self.progress.step)
 
     def write_row(self, name: str, *values) -> None:
         """Append a row to a CSV file: the step, the values and the seconds."""
@@ -1073,8 +1072,23 @@ class Run:
         self.save_as(name, step=self.progress.step, obs_dim=actor.obs_dim, actor=actor.state_dict())
 
     def save_as(self, name: str, **state) -> None:
-        """Write `state` with the script's name and flags, in the form that `load` reads."""
-        write(self.folder / name, {"script": SCRIPT, "args": asdict(self.args), **state})
+        """Write `state` with the script's name and flags, in the form that `load` reads.
+
+        The file is always complete, old or new. Raises OSError if it cannot be written.
+        """
+        path = self.folder / name
+        temporary = path.with_suffix(".pt.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"script": SCRIPT, "args": asdict(self.args), **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            # On a full disk, torch.save may fail a second time as it closes the file.
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"could not write {path} ({reason})") from error
 
     def say_where(self) -> None:
         """Say where the run is saved or, if it was stopped, how to resume it; a stopped run has its own exit code."""
@@ -1082,22 +1096,6 @@ class Run:
             print(f"stopped at step {self.progress.step}; resume with: python {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + self.interrupted)
         print(f"saved in {self.folder}")
-
-
-def write(path: Path, state: dict) -> None:
-    """Write `state` so that `path` is always a complete file, old or new. Raises OSError if it cannot be written."""
-    temporary = path.with_suffix(".pt.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        # On a full disk, torch.save may fail a second time as it closes the file.
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"could not write {path} ({reason})") from error
 
 
 def load(path: Path, key: str) -> dict:
@@ -1290,7 +1288,8 @@ def record_videos(env: gym.Env, folder: Path, prefix: str, episodes=None) -> gym
 
 def to_obs(obs) -> np.ndarray:
     """An environment's observation as float32, the type in which it is stored and fed to the networks."""
-    return np.array(obs, dtype=np.float32)  # a copy: an environment may change its own in place
+    with np.errstate(over="ignore"):  # what becomes infinite stops the run
+        return np.array(obs, dtype=np.float32)  # a copy: an environment may change its own in place
 
 
 def to_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
@@ -1426,4 +1425,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # not during a run, which handles it itself
         print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        sys.exit(130)
+    except SystemExit as stop:
+        sys.exit(stop.code)  # Weights & Biases hears of a failure only here

@@ -289,7 +289,8 @@ def test_logging_gradient_norms_leaves_training_as_it_is():
         buffer.add([t, 0, 1], [0.1, 0.2], -1.0, False, [t + 1, 0, 1], follows=t > 0)
     written = {}
     args = script.Args(batch_size=6, chunk=2)
-    run = SimpleNamespace(args=args, progress=script.Progress(step=1000), write_scalars=written.update)
+    write = lambda prefix, values: written.update({f"{prefix}{name}": value for name, value in values.items()})  # noqa: E731
+    run = SimpleNamespace(args=args, progress=script.Progress(step=1000), write_scalars=write)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     generators = script.Generators(torch.device("cpu"), gym.make("InvertedPendulum-v4"))
     script.log_gradient_norms(run, actor, critics, buffer, generators, 0.1, 7.0)

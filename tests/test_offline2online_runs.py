@@ -310,17 +310,17 @@ def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
     write_ogbench(tmp_path / "shards" / "cube-0-val.npz")
     flags = ["--env-id", CUBE, "--dataset", "shards", "--rotate-every", 10, "--eval-episodes", 1, *OFFLINE_SMALL]
     flags += ["--offline-steps", 25, "--online-steps", 0, "--save-every", 7]
-    saved, write = {}, script.write
+    saved, save_as = {}, script.Run.save_as
 
-    def save(path, state):
-        write(path, state)
-        if path.name == "checkpoint.pt":
+    def save(self, name, **state):
+        save_as(self, name, **state)
+        if name == "checkpoint.pt":
             step = state["progress"]["step"]
             saved[step] = len(state["buffer"]["rows"])
-            shutil.copytree(path.parent, tmp_path / f"at-{step}", dirs_exist_ok=True)
+            shutil.copytree(self.folder, tmp_path / f"at-{step}", dirs_exist_ok=True)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "write", save)
+    monkeypatch.setattr(script.Run, "save_as", save)
     monkeypatch.setattr("sys.argv", ["x", *map(str, flags)])
     script.main()
     assert saved == {7: 60, 14: 80, 21: 60, 25: 60}

@@ -312,7 +312,7 @@ def test_an_environment_that_fails_to_close_is_a_line(train, scripted, monkeypat
         raise RuntimeError("the arm fell off\nand much more")
 
     monkeypatch.setattr(tiny_envs.Recorded, "close", close)
-    for flags, words in (([], "the arm fell off"), (["--track"], "--track goes with training")):
+    for flags, words in (([], "the arm fell off"), (["--track"], "--track True conflicts")):
         monkeypatch.setattr("sys.argv", ["x", "--evaluate", str(run), *flags])
         refused(script.main, words)
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,7 +23,17 @@ import numpy as np
 import pytest
 import tiny_envs  # noqa: F401  registers Home-v0
 import torch
-from helpers import SCRIPTS, SMALL, assert_same, checkpoint, command, interrupt_after_should_save, needs_cuda, the_run
+from helpers import (
+    SCRIPTS,
+    SMALL,
+    assert_same,
+    checkpoint,
+    command,
+    interrupt_after_should_save,
+    needs_cuda,
+    path_of,
+    the_run,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PENDULUM = ["--env-id", "InvertedPendulum-v4", "--learning-starts", "100", *SMALL]
@@ -216,7 +227,7 @@ def test_measuring_leaves_training_as_it_is(shared, main, monkeypatch):
     measured = main(shared, *flags, "--eval-every", 30, "--actor-delay", 1)
     assert len(returns(measured, "eval.csv")) == 1 + 7 + 1
     # The norms' batch and noise leave the generator where they found it.
-    norms = [i for i, (f, inputs, _) in enumerate(draws) if f == write_scalars and "flow/grad_norm_step_0" in inputs[1]]
+    norms = [i for i, (f, inputs, _) in enumerate(draws) if f == write_scalars and "grad_norm" in inputs[1]]
     assert norms and all(torch.equal(draws[i][2], draws[i - 1][2]) for i in norms)
     monkeypatch.setattr(shared, "gradient_norms", lambda actor, critics, obs, noise, alpha: torch.zeros(5))
     bare = main(shared, *flags, "--eval-every", 0, "--actor-delay", 1)
@@ -425,6 +436,52 @@ def test_a_tracked_run_is_tracked_when_resumed(shared, main, monkeypatch):
     with pytest.raises(SystemExit):
         main(shared, "--evaluate", folder, "--track")
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "sac_flow_offline2online"])
+def test_a_failure_goes_through_sys_exit(name, monkeypatch):
+    """Weights & Biases replaces that, to learn the exit code; a SystemExit raised by other means it calls a success."""
+    codes = []
+    monkeypatch.setattr("sys.exit", codes.append)
+    monkeypatch.setattr("sys.argv", ["x", "--gamma", "2"])
+    runpy.run_path(str(path_of(name)), run_name="__main__")
+    assert codes == [2]
+
+
+def test_evaluations_reach_a_log_file_at_once(shared, tmp_path, monkeypatch):
+    """Standard output is buffered there, standard error is not: a sweep shows the log's last line as the reason."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(log := io.BytesIO()))
+    run = shared.Run(shared.Args(run_name="x"), 100, None)
+    with run:
+        run.report("deterministic", {"return": 7.0, "return_error": 0.5, "length": 3.0})
+    assert log.getvalue().endswith(b"deterministic: return 7.0 +- 0.5, length 3\n")
+
+
+def test_a_log_that_cannot_be_closed_is_a_failure(shared, tmp_path, monkeypatch, refused):
+    """The disk is full at the end, after the last checkpoint: TensorBoard's log lacks what was still to be written."""
+
+    def full():
+        raise OSError("No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    run = shared.Run(shared.Args(run_name="x"), 100, None)
+    run.saved_step = 100
+    monkeypatch.setattr(run.writer, "close", full)
+
+    def to_its_end():
+        with run:
+            pass
+
+    refused(to_its_end, "No space left on device", "the checkpoint of step 100 is kept")
+
+
+def test_random_actions_are_not_the_environments_own_draws(main, shared):
+    """Seeded alike, both would come from the same stream of numbers."""
+    folder = main(shared, *PENDULUM, "--total-timesteps", 101, "--seed", 5)
+    actions = checkpoint(folder)["buffer"]["rows"][:100, 4].numpy()  # (obs (4), action (1), ...)
+    drawn = np.random.default_rng(5).uniform(-3, 3, 500)  # the action's bounds
+    assert np.abs(actions[:, None] - drawn).min() > 3e-7  # float32's rounding is less
 
 
 def test_an_old_generator_of_an_environment_resumes_within_a_pair_of_gaussians(shared):
@@ -717,6 +774,8 @@ def test_a_run_that_went_on_meanwhile_is_not_set_back(shared, main, monkeypatch,
     args, old = shared.parse_args()
     main(shared, "--resume", folder, "--total-timesteps", 130)
     before = (folder / "returns.csv").read_bytes()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **flags: pytest.fail("touched")))
+    args.track = True
     with pytest.raises(SystemExit):
         shared.Run(args, args.total_timesteps, old)
     assert f"{folder} was continued by another process" in capsys.readouterr().err
@@ -863,6 +922,7 @@ def test_bad_checkpoints(run, name, tmp_path):
         ("InfiniteReward", 60, "reward"),
         ("HugeReward", 60, "reward"),  # for the buffer, which is float32
         ("BadObservation", 60, "observation"),
+        ("HugeObservation", 60, "observation"),
         ("BadReset", 67, "observation"),
     ],
 )

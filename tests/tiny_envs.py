@@ -16,7 +16,7 @@ class Scripted(gym.Env):
     action_space = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([2, 4], np.float32))
 
     def __init__(self, bad: str = "", bad_step: int = 0):
-        """`bad` (reward, observation) is NaN at step `bad_step` of the environment's life, or every reset after it."""
+        """`bad` is what goes wrong at step `bad_step` of the environment's life, or at every reset after it."""
         self.episode, self.steps, self.bad, self.bad_step = -1, 0, bad, bad_step
 
     def reset(self, *, seed=None, options=None):
@@ -29,7 +29,7 @@ class Scripted(gym.Env):
         assert self.action_space.contains(action), action
         self.t, self.steps = self.t + 1, self.steps + 1
         bad = self.bad if self.steps == self.bad_step else ""
-        obs = np.array([self.episode, self.t, np.nan if bad == "observation" else 7.0])
+        obs = np.array([self.episode, self.t, {"observation": np.nan, "vast": 1e39}.get(bad, 7.0)])
         terminated, truncated = self.episode % 2 == 0 and self.t == 5, self.t == 7
         reward = {"reward": np.nan, "infinite": np.inf, "huge": 1e39}.get(bad, self.t)
         return obs, reward, terminated, truncated, {}
@@ -179,6 +179,7 @@ gym.register("BadObservation-v0", Scripted, kwargs={"bad": "observation", "bad_s
 gym.register("BadReset-v0", Scripted, kwargs={"bad": "reset", "bad_step": 60}, max_episode_steps=100)
 gym.register("InfiniteReward-v0", Scripted, kwargs={"bad": "infinite", "bad_step": 60}, max_episode_steps=100)
 gym.register("HugeReward-v0", Scripted, kwargs={"bad": "huge", "bad_step": 60}, max_episode_steps=100)
+gym.register("HugeObservation-v0", Scripted, kwargs={"bad": "vast", "bad_step": 60}, max_episode_steps=100)
 for bad in ("RuntimeError", "OSError", "AssertionError", "SystemExit", "values", "none", "shape", "start"):
     gym.register(f"Failing-{bad}-v0", Failing, max_episode_steps=100, kwargs={"bad": bad})
 gym.register("Home-v0", "tiny_envs:Home")  # by name, as Minari needs it
