@@ -609,7 +609,7 @@ def main() -> None:
         env = record_videos(env, run.folder, f"from-step-{progress.step}")
     jit = find_compiler(device) if args.compile else unchanged
     graph = CudaGraph if args.compile and args.cuda else unchanged
-    precision = matmul_precision(device)
+    set_matmul_precision(device)
     choose = compiled_policy(actor, jit, graph)
     choose_averaged = compiled_policy(average, jit, graph)
     critic_gradients = jit(with_gradients(critic_loss, critics))
@@ -677,11 +677,9 @@ def main() -> None:
             done = terminated or truncated
 
             if progress.step > args.learning_starts:
-                torch.set_float32_matmul_precision(precision)
                 update_critic()
                 if progress.updates % args.actor_delay == 0:
                     update_actor()
-                torch.set_float32_matmul_precision("highest")  # MKL is faster for one observation
                 if progress.updates % (1000 * args.actor_delay) == 0:
                     log_gradient_norms()
                 run.log_update(losses)
@@ -1379,17 +1377,18 @@ def find_compiler(device: torch.device):
         return unchanged
 
 
-def matmul_precision(device: torch.device) -> str:
-    """The precision to ask for in the updates: "medium" if it rounds nothing here, else "highest".
+def set_matmul_precision(device: torch.device) -> None:
+    """Ask for "medium" precision of matrix products if that rounds nothing here, else for "highest".
 
     On a CPU, "medium" hands float32 products to oneDNN. With AMX units, oneDNN rounds their factors to bfloat16;
     without them, it still computes in float32, on AMD processors twice as fast as MKL, which "highest" uses.
     """
     x = torch.arange(2**16, device=device).sin().abs().view(256, 256)  # no random draws: they would change the run
-    torch.set_float32_matmul_precision("medium")
-    medium = x @ x
     torch.set_float32_matmul_precision("highest")
-    return "medium" if torch.allclose(medium, x @ x, rtol=5e-6, atol=0) else "highest"
+    exact = x @ x
+    torch.set_float32_matmul_precision("medium")
+    if not torch.allclose(x @ x, exact, rtol=5e-6, atol=0):
+        torch.set_float32_matmul_precision("highest")
 
 
 class CudaGraph:

@@ -272,7 +272,7 @@ def test_matmul_precision_does_not_round(shared, device):
     before = torch.get_float32_matmul_precision()
     try:
         state = torch.get_rng_state()
-        torch.set_float32_matmul_precision(shared.matmul_precision(torch.device(device)))
+        shared.set_matmul_precision(torch.device(device))
         assert torch.equal(torch.get_rng_state(), state)
         x, y = torch.rand(2, 256, 256, device=device)
         torch.testing.assert_close(x @ y, (x.double() @ y.double()).float(), rtol=5e-6, atol=0)

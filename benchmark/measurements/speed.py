@@ -228,7 +228,7 @@ def child(job: dict) -> None:
 
     width = int(value_of(flags, "--critic-dim") or 256)
     batch = int(value_of(flags, "--batch-size") or 256)
-    if precision := getattr(sys.modules[job["script"]], "matmul_precision", None):  # the oldest versions: "highest"
+    if precision := getattr(sys.modules[job["script"]], "matmul_precision", None):  # of older versions
         bf16 = ["--bf16" in flags][: precision.__code__.co_argcount - 1]  # a flag of older versions
         torch.set_float32_matmul_precision(precision(torch.device(job["device"]), *bf16))
     x = torch.randn(2 * batch, width, device=job["device"])
