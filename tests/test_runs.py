@@ -647,7 +647,8 @@ def test_evaluate(run, tmp_path):
     assert "step 200" in first.stdout and first.stdout == second.stdout
     for _, kind, value, *_ in returns(folder, "eval.csv")[-2:]:  # of step 200, as policy.pt is
         assert f"\n{kind}: return {float(value):.1f} +-" in first.stdout
-    assert run("--evaluate", folder, "--seed", 2).stdout != first.stdout
+    others = {run("--evaluate", folder, "--seed", seed).stdout for seed in (2, 3, 4)}  # two may round alike
+    assert others != {first.stdout}
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     (folder / "checkpoint.pt").unlink()  # policy.pt is enough
     done = run("--evaluate", folder / "policy_best.pt", "--eval-episodes", 2)

@@ -795,7 +795,7 @@ class Run:
             self.writer.close()
         except OSError as full_disk:
             error = error or full_disk
-        if error and not isinstance(error, Failure):
+        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, Failure):
             where = "the disk may be full"
             with contextlib.suppress(OSError):
                 (self.folder / "error.txt").write_text("".join(format_exception(error)))
