@@ -917,8 +917,8 @@ class Run:
                 with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                     import wandb
 
-                    id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
-                    wandb.init(project="sac-flow", id=id, resume="allow", config=asdict(args), sync_tensorboard=True)
+                    run_id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
+                    wandb.init(project="sac-flow", id=run_id, resume="allow", config=vars(args), sync_tensorboard=True)
             flags = json.dumps(asdict(args), indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():

@@ -738,7 +738,7 @@ def main() -> None:
     )  # fmt: skip
     with explained(f"--env-id {args.env_id}: its reset failed"):
         env.reset(seed=args.seed)
-    generators.action_space.seed(args.seed + 1)  # alike, random actions would repeat the environment's own draws
+    generators.action_space.seed(args.seed)
     if checkpoint:
         with explained(f"--resume {args.resume}: it was altered, is of an older version, or not for {args.env_id} now"):
             for name, part in state.items():
@@ -1021,7 +1021,7 @@ def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, n
     constant = high - low <= 1e-6 * np.maximum(abs(low), abs(high))  # up to rounding
     if constant.any():
         which = ", ".join(map(str, np.flatnonzero(constant)))
-        note(f"action {which} is always the same in the data: that +-1, or the middle of the environment's range")
+        note(f"action {which} is always the same in the data: its bounds are set to that value +-1")
     return low - constant, high + constant
 
 
@@ -1118,8 +1118,8 @@ class Run:
                 with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
                     import wandb
 
-                    id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
-                    wandb.init(project="sac-flow", id=id, resume="allow", config=asdict(args), sync_tensorboard=True)
+                    run_id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
+                    wandb.init(project="sac-flow", id=run_id, resume="allow", config=vars(args), sync_tensorboard=True)
             flags = json.dumps(asdict(args) | {"files": self.progress.files}, indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
             for name, rows in self.progress.rows.items():

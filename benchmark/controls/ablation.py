@@ -456,4 +456,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # not during a run, which handles it itself
         print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        sys.exit(130)
+    except SystemExit as stop:
+        sys.exit(stop.code)  # Weights & Biases hears of a failure only here
