@@ -138,7 +138,8 @@ class Args:
     """target of the policy's entropy in nats, summed over dimensions, for actions scaled to [-1, 1] whatever the
     environment's units; default: computed by `Actor`, usually -1 per dimension"""
     crossq: bool = True
-    """CrossQ critic: BatchRenorm and a joint forward pass, no target networks; --no-crossq: SAC with target networks"""
+    """CrossQ: BatchRenorm in critics and actor, a joint forward pass, no target networks; --no-crossq: SAC with target
+    networks and without BatchRenorm"""
     tau: float = 0.005
     """with --no-crossq: update rate of the target networks' moving average"""
     # CrossQ switches to running statistics after 100 000 batches. On Humanoid-v4 that halved Flow-G's return (seen up
@@ -588,6 +589,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
         """Uniform batch: obs (B, obs_dim), action (B, D), reward (B,), terminated (B,), next_obs (B, obs_dim)."""
+        # A CUDA graph would keep the first bound of randint; self.size it reads anew at each replay.
         index = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
         batch = self.rows[index]
         obs, action, reward, terminated, next_obs = batch.split(self.widths, dim=1)
@@ -669,7 +671,7 @@ def main() -> None:
         noise = actor.draw_noise(args.batch_size)
         alpha = log_alpha.detach().exp()
         actor.norm.train()  # outside its own update it normalises by running statistics
-        critics.eval()
+        critics.eval()  # Q(s, a) by running statistics, as in CrossQ
         loss, log_prob, gradients = actor_gradients(actor, critics, obs, noise, alpha)
         actor.norm.eval()
         critics.train()

@@ -16,7 +16,7 @@ FLOWS = [*SCRIPTS, "sac_flow_naive"]
 SIZES = "--critic-dim 16 --sigma-dim 16 --encoder-dim 16 --velocity-dim 16 --batch-size 16".split()
 SMALL = [*SIZES, "--no-compile", "--no-cuda"]
 OFFLINE_SIZES = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --sigma-dim 16 --batch-size 16".split()
-OFFLINE_SMALL = [*OFFLINE_SIZES, "--no-compile", "--no-cuda"]
+OFFLINE_SMALL = [*OFFLINE_SIZES, "--actor-average", "0.5", "--no-compile", "--no-cuda"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 

@@ -673,12 +673,12 @@ def test_robomimic_files_that_do_not_fit(refused, tmp_path):
 
 
 def test_a_loaded_policy_gives_chunks(main, tmp_path, reach):
-    """Those of the actor that was trained, for a batch and for one observation."""
+    """Those of the averaged actor, for a batch and for one observation."""
     run, state = trained(main, tmp_path, "--env-id", REACH, "--dataset", reach, "--normalize-observations")
     actor = script.load_policy(run / "policy.pt")
     obs = torch.randn(7, 4)
     trained_actor = script.make_actor(script.Args(**state["args"]), 4, [-1, -1], [1, 1])
-    trained_actor.load_state_dict(state["actor"])
+    trained_actor.load_state_dict(state["average"])
     chunks = actor.act(obs, deterministic=True)
     assert chunks.shape == (7, 3 * 2) and (chunks.abs() <= 1).all()
     assert torch.equal(chunks, trained_actor.act(obs, deterministic=True))

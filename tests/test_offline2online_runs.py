@@ -450,7 +450,7 @@ def test_compiled_is_eager(run, tmp_path, device):
     assert "continuing without it" not in done.stderr, done.stderr
     compiled = checkpoint(the_run(tmp_path))
     rounding = dict(rtol=1e-2, atol=1e-3) if device == "--cuda" else dict(rtol=1e-3, atol=1e-4)
-    for part in ("actor", "critics"):
+    for part in ("actor", "average", "critics"):
         torch.testing.assert_close(compiled[part], eager[part], **rounding)
 
 

@@ -121,7 +121,7 @@ def calls(train, scripted, monkeypatch):
 
     def recording_policy(actor, *rest):
         choose = compiled_policy(actor, *rest)
-        calls["actor"] = actor
+        calls.setdefault("actor", actor)  # later calls are the average's
 
         def choice(obs):
             chunk = choose(obs)
@@ -276,6 +276,59 @@ def test_policy_sees_the_observation_and_is_deterministic_if_asked():
     sampled = choose(one)
     torch.manual_seed(3)
     np.testing.assert_allclose(sampled, actor.act(torch.from_numpy(one)).numpy(), rtol=1e-6)
+
+
+def test_the_averaged_actor_is_evaluated_and_saved(train, scripted, monkeypatch):
+    """It moves a tenth of the way to the actor after each of its updates. The actor itself acts in training."""
+    make_networks, apply_gradients, compiled_policy = script.make_networks, script.apply_gradients, script.compiled_policy
+    obs = np.array([1, 2, 7], np.float32)
+    actors = []
+    expected = []  # the average's parameters, by hand
+    played = []
+    evaluated = []
+
+    def recording_networks(*inputs):
+        actor, *rest = make_networks(*inputs)
+        actors.append(actor)
+        expected.extend(copies(actor))
+        return actor, *rest
+
+    def recording_gradients(optimizer, gradients):
+        apply_gradients(optimizer, gradients)
+        parameters = list(actors[0].parameters())
+        if optimizer.param_groups[0]["params"][0] is parameters[0]:
+            expected[:] = [0.9 * mean + 0.1 * latest.detach() for mean, latest in zip(expected, parameters, strict=True)]
+
+    def recording_policy(actor, *rest):
+        choose = compiled_policy(actor, *rest)
+
+        def choice(obs, deterministic=False):
+            played.append(actor)
+            return choose(obs, deterministic)
+
+        return choice
+
+    def recording_evaluation(act, *rest):
+        evaluated.append((act(obs, deterministic=True), [parameter.clone() for parameter in expected]))
+        return dict.fromkeys(script.SCORES, 0.0)
+
+    monkeypatch.setattr(script, "make_networks", recording_networks)
+    monkeypatch.setattr(script, "apply_gradients", recording_gradients)
+    monkeypatch.setattr(script, "compiled_policy", recording_policy)
+    monkeypatch.setattr(script, "evaluate", recording_evaluation)
+    flags = "--chunk 3 --offline-steps 4 --online-steps 12 --online-start 2 --eval-every 8 --actor-lr 1e-2"
+    run = train(scripted, *flags.split(), "--actor-average", 0.9)
+    assert len(evaluated) == 3 == sum(actor is not actors[0] for actor in played)
+    assert sum(actor is actors[0] for actor in played) > 3  # chunks that training played
+    policy = script.load_policy(run / "policy.pt")
+    for chunk, parameters in evaluated:
+        for parameter, value in zip(policy.parameters(), parameters, strict=True):
+            parameter.copy_(value)
+        np.testing.assert_allclose(chunk, policy.act(torch.from_numpy(obs), deterministic=True), rtol=1e-4, atol=1e-5)
+    saved = checkpoint(run)
+    torch.testing.assert_close(dict(script.load_policy(run / "policy.pt").named_parameters()), dict(policy.named_parameters()))
+    torch.testing.assert_close(saved["average"], policy.state_dict())
+    assert not torch.allclose(saved["average"]["velocity_net.from_obs.weight"], saved["actor"]["velocity_net.from_obs.weight"])
 
 
 def test_a_saved_policy_is_evaluated_both_ways_and_filmed(train, scripted, monkeypatch, capsys):
