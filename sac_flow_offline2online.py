@@ -384,7 +384,7 @@ class Actor(nn.Module):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
-        self.counted = slice(None)  # all steps: the last step's entropy, as in the other scripts, was not measured here
+        self.counted_steps = slice(None)  # all: the last step's entropy, as in the other scripts, was not measured here
         self.obs_dim = obs_dim
         self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
@@ -402,7 +402,7 @@ class Actor(nn.Module):
         self.register_buffer("bias", (high + low) / 2)
         # The paper's target, 0, would require far more noise than the paper's sigma gives. This one is met with a sigma
         # near `sigma`, or above it where actions are near their bounds.
-        self.target_entropy = self.largest_entropy(sigma)
+        self.target_entropy = self.entropy_at(sigma)
 
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D)."""
@@ -461,15 +461,16 @@ class Actor(nn.Module):
             mean, deviation = self.step(i, path[i], v, sigma)
             path.append(mean + deviation * noise[i + 1])
             log_deviations.append(deviation.log())
-        # Given A_i, the standardised A_{i+1} is noise[i+1]: hence the noise's log density, less the log deviations.
-        log_normal = -0.5 * (noise[self.counted] ** 2 + math.log(2 * math.pi))
-        log_prob = log_normal.sum(0) - sum(log_deviations[self.counted])
+        # Given A_i, the standardised A_{i+1} is noise[i+1]: hence the noise's log density, less the log deviations, of
+        # which A_0's is 0.
+        log_normal = -0.5 * (noise[self.counted_steps] ** 2 + math.log(2 * math.pi))
+        log_prob = log_normal.sum(0) - sum(log_deviations[self.counted_steps])
         # 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2, written so that its log neither under- nor overflows.
         log_slope = 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
         action = torch.tanh(path[-1]) * self.scale + self.bias
         return action, (log_prob - log_slope).sum(1), path
 
-    def largest_entropy(self, sigma: float = math.exp(2)) -> float:
+    def entropy_at(self, sigma: float) -> float:
         """Entropy in nats, over all dimensions, with this sigma everywhere; an action's is at most a uniform one's."""
         deviations = [torch.ones(())]  # of A_0, then of A_{i+1} given A_i
         for i in range(self.flow_steps):
@@ -477,7 +478,11 @@ class Actor(nn.Module):
             deviations.append(deviation)
         entropies = 0.5 * math.log(2 * math.pi * math.e) + torch.stack(deviations).log()
         entropies[-1].clamp_(max=math.log(2))
-        return self.action_dim * float(entropies[self.counted].sum())
+        return self.action_dim * float(entropies[self.counted_steps].sum())
+
+    def largest_entropy(self) -> float:
+        """What no policy's entropy can exceed, for `--target-entropy`: that of sigma at its upper bound."""
+        return self.entropy_at(math.exp(2))
 
     def normalized(self, action):
         """Actions (B, D) scaled to [-1, 1], as the critics and the BC term see them."""
@@ -724,7 +729,6 @@ def main() -> None:
     eval_env = make_env(args)
     total = args.offline_steps + args.online_steps
     files, data, about_data = find_data(args, env, checkpoint)
-
     seed_random(args.seed)
     actor, average, critics, targets, buffer = make_networks(args, env, device, about_data)
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())  # -inf for alpha 0
@@ -734,7 +738,7 @@ def main() -> None:
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    losses = nn.Parameter(torch.zeros(len(LOSSES), device=device), requires_grad=False)  # the latest
+    losses = nn.Parameter(torch.zeros(len(LOSSES), device=device), requires_grad=False)  # for `scalars`, to be saved
     generators = Generators(device, env)
     # All that decides how a run continues from an episode's end, if the environment's only state is its generator.
     state = dict(
@@ -830,6 +834,7 @@ def main() -> None:
             if not online or progress.step - args.offline_steps > args.online_start:
                 for _ in range(args.utd if online else 1):
                     (update_online if online else update_offline)()
+                    progress.updates += 1
                     run.log_update(losses)
                 if progress.step % 1000 == 0:
                     log_gradient_norms(run, actor, critics, buffer, generators, log_alpha.detach().exp(), beta)
@@ -1213,7 +1218,6 @@ class Run:
 
     def log_update(self, losses: torch.Tensor) -> None:
         """Record an update and its losses; every 100 updates, write the means since the last write or checkpoint."""
-        self.progress.updates += 1
         self.history.append((self.progress.step, losses.clone()))
         if self.progress.updates % 100 == 0:
             means = self.mean_losses()

@@ -109,10 +109,8 @@ class Args:
     """discount factor"""
     critic_lr: float = 1e-3
     """learning rate of the critics"""
-    # actor_lr and alpha were chosen together on Hopper-v4: with the paper's alpha of 0.2, the entropy term at first
-    # inflated sigma (path entropy 14, target 0) and Flow-G returned about 660 at step 30 000; with these, about 1 460
-    # (one seed of an earlier version with Euler's step and the path's entropy; alpha_lr and sigma's bound were changed
-    # with them).
+    # actor_lr and alpha were chosen together on Hopper-v4: with the paper's alpha of 0.2 the entropy term at first
+    # inflated sigma, and Flow-G returned less than half as much at step 30 000 (one seed: benchmark/results/tuning).
     actor_lr: float = 1e-3
     """learning rate of the actor"""
     alpha_lr: float = 1e-3
@@ -277,7 +275,7 @@ class Actor(nn.Module):
         self.flow_steps = flow_steps
         self.score_step = score_step
         self.entropy = entropy
-        self.counted = slice(-1, None) if entropy == "last-step" else slice(None)  # the steps whose entropy counts
+        self.counted_steps = slice(-1, None) if entropy == "last-step" else slice(None)  # whose entropy counts
         self.obs_dim = obs_dim
         self.action_dim = len(low)
         if score_step not in ("exponential", "euler", "none"):
@@ -297,19 +295,14 @@ class Actor(nn.Module):
         self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
         # Last step: SAC's customary target, -1 for each dimension of actions in [-1, 1], implies a sigma of 0.36 at
-        # K = 4 (0.18 with Euler's step or without the score). For larger K it is lowered to what the same sigma gives:
-        # the last deviation is about sigma / K (sigma / sqrt(K) with Euler's step or without the score). With the
-        # exponential step, -1 would imply a sigma of 1.5 at K = 16, and no sigma meets it from K = 69 on. Returns after
-        # 30 000 steps with K = 16 (target lowered / left at -1): Walker2d-v4 Flow-G 1 616 / 1 434 and 675 / 590, Flow-T
-        # 706 / 1 822 and 690 / 620; Ant-v4 Flow-G 332 / 387, Flow-T 590 / 464: lowering it brings no clear gain, but
-        # makes |dL/dA_0| 3 to 20 times as large.
-        # Path: the paper's target, 0 for every K, implies a sigma of 0.46 at K = 4, but of 1.4 at K = 16. With that
-        # target and K = 16, Flow-G on Ant-v4 returned 330 and 82 after 30 000 steps; with the default, the entropy at
-        # sigma 0.46, 559 and 598 (frozen averages, two seeds). With Euler's step, sigma 0.46 has a path entropy of 1.2
-        # per dimension: give --target-entropy 0 there.
+        # K = 4 (0.18 with Euler's step or without the score). The last deviation is about sigma / K (sigma / sqrt(K)
+        # there), so for larger K the target is lowered to what the same sigma gives: -1 would imply a sigma of 1.5 at
+        # K = 16, and more than the bound e^2 from K = 69 on. Returns of both targets: benchmark/results/gradients.
+        # Path: sigma 0.46 meets the paper's target, 0, at K = 4. At K = 16 that target would imply a sigma of 1.4. With
+        # Euler's step the entropy at 0.46 is 1.2 per dimension: give --target-entropy 0 for the paper's.
         power = 1 if score_step == "exponential" else 0.5
         last_step = -self.action_dim * (1 + power * math.log(max(flow_steps, 4) / 4))
-        self.target_entropy = last_step if entropy == "last-step" else self.largest_entropy(sigma=0.46)
+        self.target_entropy = last_step if entropy == "last-step" else self.entropy_at(sigma=0.46)
 
     def velocity(self, t, a, obs):
         """v(t, a, s), (B, D), at flow time t in [0, 1) (float or (B, 1)) and pre-squash action a (B, D).
@@ -365,15 +358,16 @@ class Actor(nn.Module):
             mean, deviation = self.step(i, path[i], v, sigma)
             path.append(mean + deviation * noise[i + 1])
             log_deviations.append(deviation.log())
-        # Given A_i, the standardised A_{i+1} is noise[i+1]: hence the noise's log density, less the log deviations.
-        log_normal = -0.5 * (noise[self.counted] ** 2 + math.log(2 * math.pi))
-        log_prob = log_normal.sum(0) - sum(log_deviations[self.counted])
+        # Given A_i, the standardised A_{i+1} is noise[i+1]: hence the noise's log density, less the log deviations, of
+        # which A_0's is 0.
+        log_normal = -0.5 * (noise[self.counted_steps] ** 2 + math.log(2 * math.pi))
+        log_prob = log_normal.sum(0) - sum(log_deviations[self.counted_steps])
         # 1 - tanh(x)^2 = (2 / (e^x + e^-x))^2, written so that its log neither under- nor overflows.
         log_slope = 2 * (math.log(2) - path[-1] - F.softplus(-2 * path[-1]))
         action = torch.tanh(path[-1]) * self.scale + self.bias
         return action, (log_prob - log_slope).sum(1), path
 
-    def largest_entropy(self, sigma: float = math.exp(2)) -> float:
+    def entropy_at(self, sigma: float) -> float:
         """Entropy in nats, over all dimensions, with this sigma everywhere; an action's is at most a uniform one's."""
         deviations = [torch.ones(())]  # of A_0, then of A_{i+1} given A_i
         for i in range(self.flow_steps):
@@ -381,7 +375,11 @@ class Actor(nn.Module):
             deviations.append(deviation)
         entropies = 0.5 * math.log(2 * math.pi * math.e) + torch.stack(deviations).log()
         entropies[-1].clamp_(max=math.log(2))
-        return self.action_dim * float(entropies[self.counted].sum())
+        return self.action_dim * float(entropies[self.counted_steps].sum())
+
+    def largest_entropy(self) -> float:
+        """What no policy's entropy can exceed, for `--target-entropy`: that of sigma at its upper bound."""
+        return self.entropy_at(math.exp(2))
 
     def draw_noise(self, batch: int, deterministic: bool = False):
         """Noise for a rollout of `batch` observations: unit Gaussians (K+1, B, D), or zeros for the path's mode."""
@@ -443,9 +441,9 @@ class BatchRenorm(nn.Module):
                 warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
                 r = torch.where(warm, r, 1.0)
                 d = torch.where(warm, d, 0.0)
-                weight = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
-                self.running_mean.lerp_(mean, weight)
-                self.running_var.lerp_(var, weight)
+                share = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(var, share)
                 self.batches.add_(1)
             scale = self.weight * r / std
             shift = self.bias + self.weight * d - mean * scale
@@ -625,7 +623,8 @@ def main() -> None:
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    losses = nn.Parameter(torch.zeros(len(LOSSES), device=device), requires_grad=False)  # the latest
+    # The latest losses, a Parameter only so that the ParameterDict below saves them.
+    losses = nn.Parameter(torch.zeros(len(LOSSES), device=device), requires_grad=False)
     generators = Generators(device, env)
     # All that decides how a run continues from an episode's end, if the environment's only state is its generator.
     state = dict(
@@ -721,6 +720,7 @@ def main() -> None:
                     update_actor()
                 if progress.updates % (1000 * args.actor_delay) == 0:
                     log_gradient_norms()
+                progress.updates += 1
                 run.log_update(losses)
 
             at_end = progress.step == args.total_timesteps
@@ -1041,7 +1041,6 @@ class Run:
 
     def log_update(self, losses: torch.Tensor) -> None:
         """Record an update and its losses; every 100 updates, write the means since the last write or checkpoint."""
-        self.progress.updates += 1
         self.history.append((self.progress.step, losses.clone()))
         if self.progress.updates % 100 == 0:
             means = self.mean_losses()

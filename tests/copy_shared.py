@@ -26,8 +26,8 @@ FUNCTIONS = """
     load seed_random record_videos to_obs to_action unchanged find_compiler set_matmul_precision CudaGraph
 """.split()
 METHODS = """
-    step largest_entropy draw_noise __enter__ __exit__ on_signal seconds paused kept check_finite mean_losses log_update
-    say_how_it_goes write_scalars write_row should_save save_policy save_as say_where
+    step entropy_at largest_entropy draw_noise __enter__ __exit__ on_signal seconds paused kept check_finite mean_losses
+    log_update say_how_it_goes write_scalars write_row should_save save_policy save_as say_where
 """.split()
 
 

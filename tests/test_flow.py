@@ -468,7 +468,7 @@ def test_default_target_of_the_last_step_asks_for_one_sigma_from_four_steps_on(s
     assert actor.target_entropy == -3 if k <= 4 else actor.target_entropy < -3
     assert actor.target_entropy < actor.largest_entropy() - 3
     if k >= 4:
-        assert actor.target_entropy == pytest.approx(actor.largest_entropy(sigma=sigma), abs=0.05)
+        assert actor.target_entropy == pytest.approx(actor.entropy_at(sigma), abs=0.05)
 
 
 # --- the actor, copied ---

@@ -107,10 +107,8 @@ class Args:
     """discount factor"""
     critic_lr: float = 1e-3
     """learning rate of the critics"""
-    # actor_lr and alpha were chosen together on Hopper-v4: with the paper's alpha of 0.2, the entropy term at first
-    # inflated sigma (path entropy 14, target 0) and Flow-G returned about 660 at step 30 000; with these, about 1 460
-    # (one seed of an earlier version with Euler's step and the path's entropy; alpha_lr and sigma's bound were changed
-    # with them).
+    # actor_lr and alpha were chosen together on Hopper-v4: with the paper's alpha of 0.2 the entropy term at first
+    # inflated sigma, and Flow-G returned less than half as much at step 30 000 (one seed: benchmark/results/tuning).
     actor_lr: float = 1e-3
     """learning rate of the actor"""
     alpha_lr: float = 1e-3
@@ -263,9 +261,9 @@ class BatchRenorm(nn.Module):
                 warm = self.batches >= self.warmup  # a tensor: the switch needs neither a host sync nor a recompilation
                 r = torch.where(warm, r, 1.0)
                 d = torch.where(warm, d, 0.0)
-                weight = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
-                self.running_mean.lerp_(mean, weight)
-                self.running_var.lerp_(var, weight)
+                share = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(var, share)
                 self.batches.add_(1)
             scale = self.weight * r / std
             shift = self.bias + self.weight * d - mean * scale
@@ -445,7 +443,8 @@ def main() -> None:
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     critic_optimizer = adam(critics.parameters(), lr=args.critic_lr)
     alpha_optimizer = adam([log_alpha], lr=args.alpha_lr)
-    losses = nn.Parameter(torch.zeros(len(LOSSES), device=device), requires_grad=False)  # the latest
+    # The latest losses, a Parameter only so that the ParameterDict below saves them.
+    losses = nn.Parameter(torch.zeros(len(LOSSES), device=device), requires_grad=False)
     generators = Generators(device, env)
     # All that decides how a run continues from an episode's end, if the environment's only state is its generator.
     state = dict(
@@ -541,6 +540,7 @@ def main() -> None:
                     update_actor()
                 if progress.updates % (1000 * args.actor_delay) == 0:
                     log_gradient_norms()
+                progress.updates += 1
                 run.log_update(losses)
 
             at_end = progress.step == args.total_timesteps
@@ -852,7 +852,6 @@ class Run:
 
     def log_update(self, losses: torch.Tensor) -> None:
         """Record an update and its losses; every 100 updates, write the means since the last write or checkpoint."""
-        self.progress.updates += 1
         self.history.append((self.progress.step, losses.clone()))
         if self.progress.updates % 100 == 0:
             means = self.mean_losses()
