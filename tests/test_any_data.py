@@ -498,18 +498,21 @@ def test_only_online_batches_are_mixed(main, monkeypatch, refused, reach):
     fractions = []
     sample = script.ReplayBuffer.sample
 
-    def recorded(self, batch_size, chunk, gamma, online_fraction=None):
+    def recorded(self, batch_size, chunk, gamma, online_fraction="uniform"):
         fractions.append(online_fraction)
         return sample(self, batch_size, chunk, gamma, online_fraction)
 
     monkeypatch.setattr(script.ReplayBuffer, "sample", recorded)
     own = ["--env-id", REACH, "--dataset", reach, *SHORT]
-    main(*own, "--online-fraction", 0.5)
-    assert fractions == [None] * 20 + [0.5] * 20  # of 30 steps online the first 10 are without an update
+    main(*own, "--online-fraction", 0.25)
+    main(*own, "--online-fraction", "uniform")
+    # Each run: 20 updates offline, and of 30 steps online the first 10 without an update.
+    assert fractions == ["uniform"] * 20 + [0.25] * 20 + ["uniform"] * 40
     rows = 48 + 30  # the data's and those of the online phase
     main(*own, "--online-fraction", 0.5, "--buffer-size", rows)
-    refused([*own, "--online-fraction", 0.5, "--buffer-size", rows - 1], "--online-fraction", f"at least {rows}")
-    refused([*own, "--online-fraction", 1.5], "--online-fraction must be in [0, 1]")
+    remedy = f"raise --buffer-size to {rows}, or --online-fraction uniform"
+    refused([*own, "--online-fraction", 0.5, "--buffer-size", rows - 1], remedy)
+    refused([*own, "--online-fraction", 1.5], "--online-fraction must be in [0, 1], or uniform")
 
 
 # --- observations standardised ---
