@@ -169,7 +169,7 @@ class Args:
     """learning rate of the actor"""
     # An average evens out what changes fast, but was no better on average. On cube-single (seed 2), from 15 000 offline
     # updates to 5 000 online steps, success was 36 to 100 % with the last weights (mean 62) and 44 to 72 % with their
-    # average of decay 0.999 (60). On lift after 10 000 online steps (seed 3) it was 94 and 74 %, with decay 0.995 82 %.
+    # average of decay 0.999 (62). On lift after 10 000 online steps (seed 3) it was 94 and 74 %, with decay 0.995 82 %.
     actor_average: float = 0.0
     """decay per update of the averaged weights, which are evaluated and saved as policy.pt, such as 0.999; they lag
     behind by about 1 / (1 - decay) updates; 0: use the last weights"""
