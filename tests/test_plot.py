@@ -525,7 +525,7 @@ def test_published_results_are_read_as_they_are(capsys):
                 try:
                     records.read([path], training)
                 except SystemExit:
-                    assert path.name.startswith(("hopper-v4", "gradients", "bandit", "cube-", "lift"))
+                    assert path.name.startswith(("hopper-v4", "gradients", "bandit", "cube-", "lift", "offline-"))
 
 
 # --- bad input ---
