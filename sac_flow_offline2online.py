@@ -134,6 +134,8 @@ class Args:
     """h, actions that the policy chooses at once and executes one after the other; 1: no chunks"""
     buffer_size: int = 2_000_000
     """capacity of the replay buffer in transitions, the data included; only what the run can fill is allocated"""
+    # With 20 demonstrations of lift, success late in the online phase was 82 % (93, 76, 78) with uniform and 88 % (90,
+    # 89, 84) with 0.5, which had to be ahead with each seed to become the default (benchmark/results/lift-20).
     online_fraction: float | Literal["uniform"] = "uniform"
     """share of each online batch drawn from online experience, the rest from the data; uniform: over both alike"""
     normalize_observations: bool = False
