@@ -960,7 +960,7 @@ def parse_args() -> tuple[Args, dict | None]:
         (".*_lr|sigma", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("alpha|beta|online_beta", lambda x: 0 <= x < math.inf, "0 or more and finite"),
         ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
-        ("online_fraction", lambda x: x == "uniform" or 0 <= x <= 1, "in [0, 1], or uniform,"),
+        ("online_fraction", lambda x: x == "uniform" or 0 <= x <= 1, "in [0, 1] or uniform"),
         ("actor_average", lambda x: 0 <= x < 1, "in [0, 1)"),
         ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("target_entropy", math.isfinite, "finite"),

@@ -512,7 +512,7 @@ def test_only_online_batches_are_mixed(main, monkeypatch, refused, reach):
     main(*own, "--online-fraction", 0.5, "--buffer-size", rows)
     remedy = f"raise --buffer-size to {rows}, or --online-fraction uniform"
     refused([*own, "--online-fraction", 0.5, "--buffer-size", rows - 1], remedy)
-    refused([*own, "--online-fraction", 1.5], "--online-fraction must be in [0, 1], or uniform")
+    refused([*own, "--online-fraction", 1.5], "--online-fraction must be in [0, 1] or uniform, not 1.5")
 
 
 # --- observations standardised ---

@@ -142,7 +142,7 @@ def calls(train, scripted, monkeypatch):
 
 def test_updates_are_given_what_the_flags_and_the_data_say(calls):
     critic, actor, alpha = (calls[name] for name in ("critic_loss", "actor_loss", "alpha_loss"))
-    assert len(critic) == len(alpha) == len(actor) == 4 + 2 * 20
+    assert len(critic) == len(alpha) == len(actor) == checkpoint(calls["run"])["updates"] == 4 + 2 * 20
     assert [i for i, call in enumerate(actor) if "t" in call] == [0, 1, 2, 3]
     assert [call["beta"].item() for call in actor] == 4 * [5] + 2 * 20 * [2]
     assert all(call["discount"] == pytest.approx(0.9**3) for call in critic)
