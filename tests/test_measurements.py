@@ -27,6 +27,12 @@ import torch
         ("action_noise", "--policies nowhere", "nowhere is not the folder of a run"),
         ("action_noise", "--policies of_lift", "of_lift is a run of sac_flow_offline2online, not of sac_flow_naive"),
         ("action_noise", "--policies of_lift --out /proc/x", "--out /proc/x cannot be written to"),
+        ("critic_ranking", "", "--runs must name one or more folders of runs"),
+        ("critic_ranking", "--runs nowhere", "there is no nowhere/checkpoint.pt"),
+        ("critic_ranking", "--runs damaged", "damaged/checkpoint.pt is truncated or corrupted"),
+        ("critic_ranking", "--runs x --best-of 4 0", "--best-of must be 1 or more, not 0"),
+        ("critic_ranking", "--runs x --episodes 0", "--episodes must be 1 or more"),
+        ("critic_ranking", "--runs x --out /proc/x", "--out /proc/x cannot be written to"),
         ("frozen_critic", "--run x --seeds 0", "--seeds must be 1 or more"),
         ("frozen_critic", "--run x --updates 0", "--updates must be 1 or more"),
         ("frozen_critic", "--run x --score-steps", "--score-steps must be one or more of"),
@@ -50,7 +56,7 @@ def test_bad_flags(program, flags, words, tmp_path, monkeypatch, capsys):
         state = {"script": script, "args": {"env_id": "lift", "flow_steps": 4, "seed": 1}}
         torch.save(state, tmp_path / folder / "policy.pt")
     (tmp_path / "damaged" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    before = {*tmp_path.rglob("*"), tmp_path / "gradients", tmp_path / "noise"}
+    before = {*tmp_path.rglob("*"), tmp_path / "gradients", tmp_path / "noise", tmp_path / "ranking"}
     monkeypatch.setattr("sys.argv", [f"benchmark/measurements/{program}.py", *flags.split()])
     with pytest.raises(SystemExit) as error:
         importlib.import_module(program).main()
@@ -95,3 +101,59 @@ def test_action_noise_of_a_known_actor():
     usual = actor.sigma_net.forward
     actor.sigma_net.forward = lambda obs: usual(obs) + 100 * (obs[:, :1] > 0.5)
     assert measure(actor, torch.randn(50, 3))["deviation"] == pytest.approx(row["deviation"], rel=0.04)
+
+
+def test_critic_ranking_of_known_critics():
+    """Critics that see the observation alone, that agree, that contradict each other, or that share nothing."""
+    from critic_ranking import measure
+
+    class Known:
+        """Chunks (0, e, 0) with e uniform in [-2, 2]; half of the range is 2 in each coordinate."""
+
+        scale = torch.full((3,), 2.0)
+
+        def draw_noise(self, batch):
+            return 4 * torch.rand(batch) - 2
+
+        def rollout(self, obs, noise):
+            return torch.stack([0 * noise, noise, 0 * noise], dim=1), None, None
+
+        def normalized(self, action):
+            return action / self.scale
+
+    obs = torch.arange(1001.0)[:, None] / 1000  # deviation sqrt(1 / 12)
+    uniform = math.sqrt(1 / 3)  # deviation of e / 2
+
+    def of(first, second):
+        return measure(Known(), [first, second], obs)
+
+    row = of(lambda s, a: 5 + 60 * s[:, 0] + 3 * a[:, 1], lambda s, a: 7 + 60 * s[:, 0] + a[:, 1])
+    assert row["value"] == pytest.approx(36, rel=0.01)
+    assert row["between"] == pytest.approx(60 * math.sqrt(1 / 12), rel=0.03)
+    assert row["within"] == pytest.approx(2 * uniform, rel=0.03)
+    assert row["apart"] == pytest.approx(2, rel=0.05)  # |2 - 2 e / 2|, e / 2 uniform in [-1, 1]
+    assert row["agreement"] == pytest.approx(1, abs=1e-4)
+    assert row["noise"] == pytest.approx(uniform / 3, rel=0.03)  # two coordinates of three have none
+    row = of(lambda s, a: a[:, 1], lambda s, a: a[:, 1])  # states differ only in the mean of their 32 chunks
+    assert row["between"] == pytest.approx(uniform / math.sqrt(32), rel=0.1)
+    assert of(lambda s, a: a[:, 1], lambda s, a: 4 - a[:, 1])["agreement"] == pytest.approx(-1, abs=1e-4)
+    assert of(lambda s, a: a[:, 1], lambda s, a: a[:, 1].square())["agreement"] == pytest.approx(0, abs=0.05)
+
+
+def test_the_best_chunk_is_the_one_of_largest_q():
+    """Twin critics: neither alone, but their mean decides."""
+    import numpy as np
+    from critic_ranking import best_chunk
+
+    from sac_flow_offline2online import Actor
+
+    actor = Actor(3, [-1, 0], [1, 4], chunk=1, sigma=1)
+    actor.eval().requires_grad_(False)
+    obs = np.ones(3, np.float32)
+    torch.manual_seed(1)
+    chunks = actor.act(torch.ones(8, 3))
+    critics = [lambda obs, action: action[:, 1] - 3 * action[:, 0], lambda obs, action: 3 * action[:, 0]]
+    torch.manual_seed(1)
+    best = best_chunk(actor, critics, 8, obs)
+    assert best == pytest.approx(chunks[chunks[:, 1].argmax()].numpy())
+    assert chunks[:, 1].argmax() != chunks[:, 0].argmax() != chunks[:, 0].argmin()

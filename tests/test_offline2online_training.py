@@ -415,6 +415,32 @@ def test_each_checkpoint_is_written_once(train, scripted, monkeypatch, steps):
     assert written == ([7, 12] if steps.startswith("--offline-steps 0") else [5, 10, 12])
 
 
+def test_critic_ranking_of_a_run(train, scripted, tmp_path, monkeypatch):
+    """The states of its data and of its experience are told apart; the best of one chunk is the policy's own."""
+    import critic_ranking
+
+    run = train(scripted, *"--chunk 3 --offline-steps 2 --online-steps 40 --online-start 9 --eval-episodes 1".split())
+    measured = []
+    monkeypatch.setattr(critic_ranking, "measure", lambda actor, critics, obs: measured.append(obs) or {"value": 1.0})
+    monkeypatch.chdir(tmp_path)
+    flags = f"--runs {run} --best-of 1 8 --episodes 3 --seed 5 --out ranking"
+    monkeypatch.setattr("sys.argv", ["critic_ranking.py", *flags.split()])
+    critic_ranking.main()
+    buffer = torch.load(run / "checkpoint.pt")["buffer"]
+    data, online = buffer["rows"][:, :3].tensor_split([buffer["data_size"]])
+    assert len(online) == 40
+    for obs, own in zip(measured, (data, online), strict=True):
+        assert sorted(obs.tolist()) == sorted(own.tolist())
+    ranking = list(csv.DictReader(open("ranking/critic_ranking.csv")))
+    assert [(row["states"], row["step"]) for row in ranking] == [("data", "42"), ("online", "42")]
+    played = list(csv.DictReader(open("ranking/best_of.csv")))
+    assert [row["best_of"] for row in played] == ["1", "8"]
+    args, actor, _, _ = critic_ranking.load(run)
+    script.seed_random(5)
+    scores = script.evaluate(lambda obs: actor.act(torch.from_numpy(obs)).numpy(), script.make_env(args), 3, 5)
+    assert float(played[0]["return"]) == pytest.approx(scores["return"], rel=1e-4)
+
+
 def test_a_signal_just_before_the_next_episode_is_heeded_at_its_end(train, scripted, monkeypatch, capsys):
     """Not before its checkpoint is written. Episodes end after 5 and 7 steps."""
     interrupt_after_should_save(script, monkeypatch)

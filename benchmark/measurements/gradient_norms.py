@@ -70,7 +70,7 @@ def parse_args(kind: type, description: str):
     """Flags of the command line; stops the program if one makes no sense, or if --out cannot be written to."""
     args = read_flags(kind, description)
     rules = [
-        ("flow_steps|seeds|obs_dim|action_dim|updates|batch_size", lambda n: n >= 1, "1 or more"),
+        ("flow_steps|seeds|obs_dim|action_dim|updates|batch_size|episodes", lambda n: n >= 1, "1 or more"),
         ("weight_scales|obs_std", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("score_steps", lambda step: True, "one or more of exponential, euler and none"),
     ]
