@@ -31,6 +31,7 @@ import torch
         ("critic_ranking", "--runs nowhere", "there is no nowhere/checkpoint.pt"),
         ("critic_ranking", "--runs damaged", "damaged/checkpoint.pt is truncated or corrupted"),
         ("critic_ranking", "--runs x --best-of 4 0", "--best-of must be 1 or more, not 0"),
+        ("critic_ranking", "--runs x --further-updates -1", "--further-updates must be 0 or more, not -1"),
         ("critic_ranking", "--runs x --episodes 0", "--episodes must be 1 or more"),
         ("critic_ranking", "--runs x --out /proc/x", "--out /proc/x cannot be written to"),
         ("frozen_critic", "--run x --seeds 0", "--seeds must be 1 or more"),

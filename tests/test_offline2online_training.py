@@ -441,6 +441,22 @@ def test_critic_ranking_of_a_run(train, scripted, tmp_path, monkeypatch):
     assert float(played[0]["return"]) == pytest.approx(scores["return"], rel=1e-4)
 
 
+def test_critic_ranking_goes_on_with_the_critics(train, scripted):
+    """From the run's random numbers, its further update is the one that a longer run makes; the policy stays."""
+    import critic_ranking
+
+    flags = "--chunk 3 --online-steps 0 --eval-episodes 1 --actor-average 0".split()
+    run = train(scripted, *flags, "--offline-steps", "2")
+    args, actor, critics, state = critic_ranking.load(run)
+    before = copies(actor)
+    torch.set_rng_state(state["generators"]["torch"])
+    critic_ranking.train_critics(args, actor, critics, state, 1)
+    longer = train(scripted, *flags, "--offline-steps", "3")
+    expected = torch.load(longer / "checkpoint.pt")["critics"]
+    assert all(torch.equal(new, expected[name]) for name, new in critics.named_parameters())
+    assert all(map(torch.equal, before, copies(actor)))
+
+
 def test_a_signal_just_before_the_next_episode_is_heeded_at_its_end(train, scripted, monkeypatch, capsys):
     """Not before its checkpoint is written. Episodes end after 5 and 7 steps."""
     interrupt_after_should_save(script, monkeypatch)

@@ -10,13 +10,16 @@ agreement   correlation of Q_1 and Q_2 over the chunks of a state: 1 if they ran
 noise       standard deviation of a coordinate over the chunks of a state, in units of half its range
 
 Q is the mean of both critics in `between` and `within`; what a state gives is averaged over states. With `--best-of`,
-also: the success of a policy that plays the chunk of largest Q among N samples; N = 1 is the policy itself.
+also: the success of a policy that plays the chunk of largest Q among N samples; N = 1 is the policy itself. With
+`--further-updates`, the critics are first trained on, with the run's buffer and its policy frozen, to see whether they
+lack updates.
 
     python benchmark/measurements/critic_ranking.py --runs runs/<name> --best-of 1 8 --out ranking
 
 Writes <out>/critic_ranking.csv and best_of.csv.
 """
 
+import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +39,8 @@ class Args:
 
     runs: list[Path] = field(default_factory=list)
     """folders of runs of sac_flow_offline2online.py"""
+    further_updates: int = 0
+    """updates of the critics before all of this"""
     best_of: list[int] = field(default_factory=list)
     """N, one or more; none: play nothing"""
     episodes: int = 100
@@ -55,6 +60,27 @@ def load(run: Path):
     critics = torch.nn.ModuleList(script.Critic(*sizes) for _ in range(2))
     critics.load_state_dict(state["critics"])
     return args, actor, critics.eval().requires_grad_(False), state
+
+
+def train_critics(args, actor, critics, state, updates: int) -> None:
+    """Go on with the critics of `load`, on the run's own buffer; the policy and alpha stay as they are."""
+    rows = state["buffer"]["rows"]
+    buffer = script.ReplayBuffer(len(rows), actor.obs_dim, actor.action_dim // args.chunk, rows.device)
+    buffer.load_state_dict(state["buffer"])
+    targets = copy.deepcopy(critics)
+    targets.load_state_dict(state["targets"])
+    alpha = state["scalars"]["log_alpha"].exp()
+    discount = args.gamma**args.chunk
+    optimizer = torch.optim.Adam(critics.requires_grad_(True).parameters())
+    optimizer.load_state_dict(state["critic_optimizer"])  # its learning rate, too
+    gradients_of = script.with_gradients(script.critic_loss, critics)
+    for _ in range(updates):
+        batch = buffer.sample(args.batch_size, args.chunk, args.gamma, args.online_fraction)
+        noise = actor.draw_noise(args.batch_size)
+        *_, gradients = gradients_of(actor, critics, targets, batch, noise, alpha, discount)
+        script.apply_gradients(optimizer, gradients)
+        script.move_average(targets, critics, args.tau)
+    critics.requires_grad_(False)
 
 
 def chunks_and_values(actor, critics, obs, samples: int):
@@ -93,6 +119,8 @@ def main() -> None:
     args = gradient_norms.parse_args(Args, __doc__)
     if not args.runs:
         gradient_norms.fail("--runs must name one or more folders of runs")
+    if args.further_updates < 0:
+        gradient_norms.fail(f"--further-updates must be 0 or more, not {args.further_updates}")
     if min(args.best_of, default=1) < 1:
         gradient_norms.fail(f"--best-of must be 1 or more, not {min(args.best_of)}")
     torch.set_num_threads(1)  # the networks are small
@@ -101,9 +129,10 @@ def main() -> None:
     played = []
     for run, (flags, actor, critics, state) in runs.items():
         torch.manual_seed(0)
-        known = dict(run=run.name, step=state["progress"]["step"])
+        known = dict(run=run.name, step=state["progress"]["step"], further_updates=args.further_updates)
         rows = state["buffer"]["rows"][:, : actor.obs_dim]
         data_size = state["buffer"]["data_size"]
+        train_critics(flags, actor, critics, state, args.further_updates)
         for states, obs in (("data", rows[:data_size]), ("online", rows[data_size:])):
             if len(obs):
                 obs = obs[torch.randperm(len(obs))[:STATES]]
