@@ -473,6 +473,7 @@ def test_the_buffer_takes_what_the_run_needs(tmp_path):
     *_, buffer = script.make_networks(args, env, torch.device("cpu"), about_data)
     assert len(buffer.rows) == 100 + 30 + 3
     args.buffer_size = 110
+    args.online_fraction = "uniform"
     *_, buffer = script.make_networks(args, env, torch.device("cpu"), about_data)
     assert len(buffer.rows) == 110
 

@@ -71,11 +71,12 @@ def train_critics(args, actor, critics, state, updates: int) -> None:
     targets.load_state_dict(state["targets"])
     alpha = state["scalars"]["log_alpha"].exp()
     discount = args.gamma**args.chunk
+    fraction = args.online_fraction if len(rows) > buffer.data_size else "uniform"
     optimizer = torch.optim.Adam(critics.requires_grad_(True).parameters())
     optimizer.load_state_dict(state["critic_optimizer"])  # its learning rate, too
     gradients_of = script.with_gradients(script.critic_loss, critics)
     for _ in range(updates):
-        batch = buffer.sample(args.batch_size, args.chunk, args.gamma, args.online_fraction)
+        batch = buffer.sample(args.batch_size, args.chunk, args.gamma, fraction)
         noise = actor.draw_noise(args.batch_size)
         *_, gradients = gradients_of(actor, critics, targets, batch, noise, alpha, discount)
         script.apply_gradients(optimizer, gradients)
