@@ -507,8 +507,9 @@ def test_only_online_batches_are_mixed(main, monkeypatch, refused, reach):
     own = ["--env-id", REACH, "--dataset", reach, *SHORT]
     main(*own, "--online-fraction", 0.25)
     main(*own, "--online-fraction", "uniform")
+    main(*own)  # the default: half
     # Each run: 20 updates offline, and of 30 steps online the first 10 without an update.
-    assert fractions == ["uniform"] * 20 + [0.25] * 20 + ["uniform"] * 40
+    assert fractions == ["uniform"] * 20 + [0.25] * 20 + ["uniform"] * 60 + [0.5] * 20
     rows = 48 + 30  # the data's and those of the online phase
     main(*own, "--online-fraction", 0.5, "--buffer-size", rows)
     remedy = f"raise --buffer-size to {rows}, or --online-fraction uniform"
