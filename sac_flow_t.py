@@ -30,6 +30,7 @@ import csv
 import glob
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -927,6 +928,17 @@ def thread_failed(failure) -> None:
         threading.__excepthook__(failure)
 
 
+def new_folder(args: Args) -> Path:
+    """runs/<run-name>, or a name with the time that is still free: runs may begin within the same second."""
+    if args.run_name:
+        return Path("runs") / args.run_name
+    env_id = re.sub(r"[^A-Za-z0-9.-]+", "_", args.env_id)
+    for seconds in itertools.count(int(time.time())):
+        folder = Path("runs") / f"{env_id}__{SCRIPT}__{args.seed}__{seconds}"
+        if not os.path.exists(folder):
+            return folder
+
+
 class Run:
     """A run's folder and what is written to it; its progress bar; and the handling of Ctrl-C.
 
@@ -937,11 +949,9 @@ class Run:
     """
 
     def __init__(self, args: Args, total: int, checkpoint: dict | None):
-        env_id = re.sub(r"[^A-Za-z0-9.-]+", "_", args.env_id)
-        name = args.run_name or f"{env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
         self.args = args
         self.total = total  # steps
-        self.folder = Path(args.resume or Path("runs") / name)
+        self.folder = Path(args.resume) if args.resume else new_folder(args)
         self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal

@@ -22,7 +22,7 @@ GAUSSIANS_OWN = [
 FLAGS = re.S | re.M
 FUNCTIONS = """
     TimeEmbedding alpha_loss record with_gradients apply_gradients move_average Failure fail note first_line explained
-    flag read_flags lock thread_failed in_plain_types target_entropy_of Generators is_legacy
+    flag read_flags lock thread_failed new_folder in_plain_types target_entropy_of Generators is_legacy
     load seed_random record_videos to_obs to_action unchanged find_compiler set_matmul_precision CudaGraph
 """.split()
 METHODS = """

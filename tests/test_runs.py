@@ -768,6 +768,20 @@ def test_run_name(run, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
 
 
+def test_runs_that_begin_in_the_same_second(shared, monkeypatch, tmp_path):
+    """Those of a launcher's loop, which differ in their flags alone; the second used to stop with "File exists"."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shared.time, "time", lambda: 1000.9)
+    names = []
+    for _ in range(3):
+        run = shared.Run(shared.Args(env_id="my/Env-v0", seed=7), 1, None)
+        run.writer.close()
+        run.lock.close()
+        names.append(run.folder.name)
+    script = shared.SCRIPT
+    assert names == [f"my_Env-v0__{script}__7__1000", f"my_Env-v0__{script}__7__1001", f"my_Env-v0__{script}__7__1002"]
+
+
 def test_a_run_that_went_on_meanwhile_is_not_set_back(shared, main, monkeypatch, capsys):
     """Two are to resume it; the second has read the checkpoint before the first writes another."""
     folder = main(shared, *PENDULUM, "--total-timesteps", 110)
