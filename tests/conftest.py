@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
+os.environ["HF_HUB_OFFLINE"] = "1"  # Minari looks there for what it does not find on the disk
 if find_library("EGL"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # without it mujoco would not even import
 

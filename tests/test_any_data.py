@@ -376,6 +376,22 @@ def test_a_constant_action_stays_what_it_is(capsys):
     assert "actions are from [-2.  7.] to [2. 7.]" in said and "action 1 is always the same" in said
 
 
+def test_a_constant_action_within_the_environments_bounds_keeps_its_value():
+    """As of a gripper that stays closed: with bounds of its own it was played as the middle of the environment's."""
+    args = script.Args(REACH, dataset="own.npz", rescale_actions=True, chunk=1, cuda=False)
+    env = script.make_env(args)
+    data = torch.zeros(10, 13)
+    data[:, 4] = torch.linspace(-2, 2, 10)
+    data[:, 5] = 0.75
+    actor, *_ = script.make_networks(args, env, torch.device("cpu"), script.data_statistics(data, env))
+    seen = []
+    env.unwrapped.step = lambda action: seen.append(action) or (start, 0.0, True, False, {})
+    start, _ = env.unwrapped.reset(seed=0)
+    env.reset(seed=0)
+    script.rescaled(env, actor).step(np.float32([1, 0.75]))
+    np.testing.assert_allclose(seen, [[0.5, 0.75]])
+
+
 @pytest.mark.parametrize("units", [1, 3])
 def test_an_action_that_is_constant_but_for_rounding(capsys, units):
     """As of a parked joint: a float32 apart, its bounds would round to the same number."""
@@ -514,6 +530,9 @@ def test_only_online_batches_are_mixed(main, monkeypatch, refused, reach):
     main(*own, "--online-fraction", 0.5, "--buffer-size", rows)
     remedy = f"raise --buffer-size to {rows}, or --online-fraction uniform"
     refused([*own, "--online-fraction", 0.5, "--buffer-size", rows - 1], remedy)
+    resumed = ["--resume", "runs/full", "--online-steps", 31]
+    main(*own, "--buffer-size", rows, "--run-name", "full")
+    refused(resumed, "this run has room for --online-steps 30")
     refused([*own, "--online-fraction", 1.5], "--online-fraction must be in [0, 1] or uniform, not 1.5")
 
 
@@ -664,6 +683,9 @@ def test_robomimic_files_that_do_not_fit(refused, tmp_path):
     refuse("shaped rewards", reward_shaping=True)
     for name in ("PickPlace", "NutAssembly", "Wipe"):
         refused(["--env-id", f"robosuite/{name}", *flags, *KEYS], f"--env-id robosuite/{name}", "parts of the task")
+    for odd in (dict(env_kwargs="x"), dict(env_kwargs=dict(controller_configs=["a"]))):
+        refuse("truncated, corrupted or of another format", changes=odd)
+    refuse("robosuite 1.4,", "but 1.5", changes=dict(env_version=1.4))
     robomimic_file(path, changes=dict(env_version=None, env_kwargs=None))
     assert script.robomimic_kwargs(path, "lift") == {}
     robomimic_file(path)
@@ -754,7 +776,7 @@ def test_lerobot_sets_that_do_not_fit(refused, tmp_path, monkeypatch):
     refused([*flags, tmp_path / "imitation", "--resume", "x"], "there is no x")
     refused([*flags, "x" * 300], "--dataset", "no such file")
     shutil.rmtree(tmp_path / "imitation" / "data")
-    refused([*flags, tmp_path / "imitation"], "imitation/data", "is gone")
+    refused([*flags, tmp_path / "imitation"], "there is no", "imitation/data", "put it back")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused([*flags, tmp_path / "old"], "needs pyarrow", "-r benchmark/demonstrations/requirements.txt")
 

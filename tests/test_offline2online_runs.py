@@ -302,6 +302,29 @@ def test_evaluation_leaves_training_as_it_was(run, tmp_path):
     assert_same(seldom, often)
 
 
+def test_files_that_no_step_uses(tmp_path, capsys):
+    """Of three files, 20 steps of ten each use two; 21 steps use all."""
+    (tmp_path / "shards").mkdir()
+    for i in range(3):
+        write_ogbench(tmp_path / "shards" / f"cube-{i}.npz", 2)
+    args = script.Args(CUBE, dataset=str(tmp_path / "shards"), rotate_every=10)
+    for steps in (20, 21):
+        script.note.cache_clear()
+        args.offline_steps = steps
+        files, *_ = script.find_data(args, cube_env(), None)
+        noted = "only the first 2 of 3 files will be used" in capsys.readouterr().err
+        assert len(files) == 3 and noted is (steps == 20)
+
+
+def test_a_link_to_a_data_file(tmp_path):
+    """As of a cache that names its files by their hashes: the link's suffix tells the format."""
+    write_ogbench(tmp_path / "data.npz", 2)
+    (tmp_path / "data.npz").rename(tmp_path / "9e107d9d")
+    (tmp_path / "data.npz").symlink_to(tmp_path / "9e107d9d")
+    files, *_ = script.find_data(script.Args(CUBE, dataset=str(tmp_path / "data.npz")), cube_env(), None)
+    assert files == [str(tmp_path / "data.npz")]
+
+
 def test_files_of_a_folder_are_used_in_turn(monkeypatch, tmp_path):
     """60 rows for ten steps, 80 for ten, 60 again; resumed from either file, it goes on the same."""
     (tmp_path / "shards").mkdir()
@@ -568,7 +591,8 @@ def test_a_collector_is_offered_only_where_there_is_one(refused, monkeypatch, ca
 
 def test_a_data_file_that_is_gone(refused, tmp_path):
     """As it may be when a resumed run wants the next of several."""
-    refused(lambda: script.load_data(str(tmp_path / "x.npz"), cube_env(), script.Args(env_id=CUBE)), "is gone: put it")
+    args = script.Args(env_id=CUBE)
+    refused(lambda: script.load_data(str(tmp_path / "x.npz"), cube_env(), args), "there is no", "put it back")
 
 
 class Arm(gym.Env):
