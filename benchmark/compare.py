@@ -91,6 +91,9 @@ def main() -> None:
         for what, (a, b) in samples(before[env][name], after[env][name]).items():
             if min(len(a), len(b)) > 1:
                 found[env, name, what] = a, b
+                if len(b) < len(a):
+                    incomplete = True
+                    note(f"{env}, {name}: {what} of {len(b)} seeds in {args.b}, of {len(a)} in {args.a}")
             else:
                 incomplete = True
                 note(f"{env}, {name}: {what} of {len(a)} and {len(b)} seeds cannot be compared, two of each are needed")

@@ -85,7 +85,7 @@ def parse_args() -> Args:
             low, high = map(float, numbers.split(","))
         except ValueError:
             low = high = math.nan
-        if not env or not low < high:
+        if not env or not -math.inf < low < high < math.inf:
             fail(f"--ranges {text}: an environment and two returns, low < high, such as Swimmer-v4=0,100")
         records.RANGES[env] = low, high
     return args
@@ -435,8 +435,9 @@ def draw_evaluations(env: str, groups: dict[str, list[Run]], style: Style, out: 
     for name, runs in groups.items():
         for axis, column, factor in zip(axes, ("success", "returns"), (100, 1), strict=True):
             points = at_points(runs, column)
+            points = {step: values for step, values in points.items() if len(values) == len(runs)}  # of all seeds
             intervals = [t_interval(factor * values) for values in points.values()]
-            mean, low, high = np.array(intervals).T
+            mean, low, high = np.reshape(intervals, (-1, 3)).T
             if column == "success":
                 low = low.clip(0, 100)
                 high = high.clip(0, 100)
@@ -540,11 +541,11 @@ def print_evaluations(env: str, groups: dict[str, list[Run]]) -> None:
     for name, runs in groups.items():
         returns = at_points(runs, "returns")
         for step, success in at_points(runs, "success").items():
-            phase = "offline" if step <= max(run.offline for run in runs) else "online"
+            phases = {"offline" if step <= run.offline else "online" for run in runs if step in run.steps}
             mean, *ends = t_interval(100 * success)
             rate = cell(mean, *np.clip(ends, 0, 100))
             score = cell(*t_interval(returns[step]))
-            rows.append((name, f"{step:.0f}", phase, str(len(success)), rate, score))
+            rows.append((name, f"{step:.0f}", "/".join(sorted(phases)), str(len(success)), rate, score))
     markdown(*rows)
 
 

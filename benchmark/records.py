@@ -130,6 +130,8 @@ def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = 
         if not folder.exists():
             fail(f"there is no {folder}: name folders of runs/ or of benchmark/results/")
         for path in [folder] if folder.is_file() else sorted(folder.resolve().rglob("*.csv")):
+            if path.is_dir():
+                continue
             if only and not any(text in str(path) for text in only):
                 continue
             try:
@@ -195,6 +197,10 @@ def fill(run: Run, rows: list[dict], columns: set[str]) -> Run:
         table = {name: np.array([float(row[name]) for row in rows]) for name in wanted}
     except ValueError:
         raise ValueError("with entries that are no numbers") from None
+    if not np.isfinite(table["step"]).all():
+        raise ValueError("with entries that are no numbers")
+    if len(np.unique(table["step"])) < len(rows):
+        raise ValueError("with several rows of one step")
     order = np.argsort(table["step"], kind="stable")
     table = {name: values[order] for name, values in table.items()}
     run.steps = table["step"]
@@ -222,10 +228,15 @@ def identify(path: Path) -> Run:
     if not match:
         raise ValueError("without a seed in the name")
     label = match[1] + (match[3] or "")
+    ranged = {name.lower(): name for name in RANGES}
+    env = ranged.get(path.parent.name, path.parent.name)
+    first, _, others = label.partition("_")
+    if others and first.lower() in ranged:
+        env = ranged[first.lower()]
+        label = others
     known = re.search(rf"(?:^|_)({'|'.join(NAMES)})(?=_|$)", label)
     algorithm = NAMES[known[1]] if known else label
     rest = label[: known.start()] + label[known.end() :] if known else ""
-    env = {name.lower(): name for name in RANGES}.get(path.parent.name, path.parent.name)
     variant = [part for part in rest.split("_") if part]
     return Run(path, env, algorithm, variant, int(match[2]), none, none)
 
@@ -291,7 +302,7 @@ def unique(runs: list[Run]) -> list[Run]:
         if key in longest:
             kept = f"{run.path.parent.name}/{run.path.name}"
             left_out = f"{longest[key].path.parent.name}/{longest[key].path.name}"
-            note(f"{left_out} left out: {kept} is the same, and at least as long")
+            note(f"{left_out} left out: {kept} has the same flags and seed, and is at least as long")
         longest[key] = run
     return list(longest.values())
 

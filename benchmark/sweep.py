@@ -110,7 +110,9 @@ def parse_args() -> tuple[Args, list[str]]:
             common_of_file = shlex.split(described.pop("every_run"))
             values = {name: tuple(v) if isinstance(v, list) else v for name, v in described.items()}
             default = Args(**values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(seed, int) for seed in default.seeds):
+                raise ValueError("its seeds are no numbers")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"--file {args.file} is no sweep.json ({error}): name the one in a sweep's folder")
         args, common = read_flags(Args, __doc__, default=default, return_unknown_args=True)
         if common != common_of_file:
@@ -142,7 +144,7 @@ def make_runs(args: Args, common: list[str]) -> list[Run]:
     known = set()
     for script, env_id, flags, seed in itertools.product(args.scripts, args.env_ids, args.flags, args.seeds):
         paths = [folder / f"{script}.py" for folder in FOLDERS if (folder / f"{script}.py").is_file()]
-        if not paths or not hasattr(module := importlib.import_module(script), "Args"):
+        if not paths or not script.isidentifier() or not hasattr(module := importlib.import_module(script), "Args"):
             fail(f"--scripts {script}: there is no such script; sac_flow_g is one")
         own = [*common, *(f"--{token}" for token in flags.split())]
         arguments = ["--env-id", env_id, "--seed", str(seed), *own]

@@ -132,6 +132,21 @@ def test_what_b_lacks_is_no_pass(main, tmp_path, capsys):
     assert main(tmp_path / "a", tmp_path / "b") == 2
 
 
+def test_a_seed_that_b_lacks_is_no_pass(main, tmp_path, capsys):
+    """It is gone, or died halfway; the others' comparison is still shown."""
+    write(tmp_path / "a", (1000, 1001, 1002), (100, 101, 102))
+    write(tmp_path / "b", (1000, 1001, 1002), (100, 101, 102))
+    assert main(tmp_path / "a", tmp_path / "b") == 0
+    path = tmp_path / "b" / "Hopper-v4__sac_flow_g__1" / "eval.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:7]) + "\n")
+    capsys.readouterr()
+    assert main(tmp_path / "a", tmp_path / "b") == 2
+    captured = capsys.readouterr()
+    assert "return of 2 seeds in" in captured.err and "1001 (3 seeds) | 1001 (2 seeds)" in captured.out
+    path.unlink()
+    assert main(tmp_path / "a", tmp_path / "b") == 2
+
+
 def test_nan_is_no_pass(main, tmp_path, capsys):
     write(tmp_path / "a", (1000, 1001), (100, 101))
     write(tmp_path / "b", (1000, math.nan), (100, 101))

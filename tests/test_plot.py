@@ -261,8 +261,21 @@ def test_success_at_each_file_s_own_steps(main, drawn, tmp_path):
         ["Flow-G", "200", "online", "1", "60", "-200"],
     ]
     x, y = curve(drawn["lift"][0], "Flow-G (2 seeds)")
-    assert x == [100, 200] and y == pytest.approx([60, 60])
+    assert x == [100] and y == pytest.approx([60])  # the mean ends with the first seed
     assert [line.get_xdata()[0] for line in drawn["lift"][0].get_lines() if line.get_linestyle() == ":"] == [100]
+
+
+def test_offline_phases_of_different_length(main, drawn, tmp_path):
+    """A step may be offline for one seed and online for another; a mean of no common step is not drawn."""
+    for seed, points in ((1, ((100, "offline"), (200, "online"))), (2, ((200, "offline"),)), (3, ((50, "offline"),))):
+        lines = [f"{step},{phase},0.5,0,50,1" for step, phase in points]
+        path = tmp_path / "lift" / f"gated_seed{seed}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("step,phase,success_rate,return,episodes,seconds\n" + "\n".join(lines) + "\n")
+    (table,) = main("lift", "--figures", "curves")
+    phases = [row[1:4] for row in table[1:]]
+    assert phases == [["50", "offline", "1"], ["100", "offline", "1"], ["200", "offline/online", "2"]]
+    assert curve(drawn["lift"][0], "Flow-G (3 seeds)") == ([], [])
 
 
 def test_five_scripts_are_five_curves(main, drawn, tmp_path):
@@ -415,6 +428,18 @@ def test_runs_and_what_tells_them_apart(tmp_path):
     assert runs[4].returns.tolist() == [7]
 
 
+def test_environments_in_the_names_of_files(tmp_path):
+    """As in benchmark/results/stability/five-evaluations, whose folder has those of two."""
+    for name in ("Hopper-v4_sac_flow_g_decay-0.9", "Walker2d-v4_sac_flow_t", "ant-v4_own"):
+        write(tmp_path / "five" / f"{name}_seed1_eval.csv", [(100, 1)])
+    runs = records.read([tmp_path])
+    assert [(run.env, run.name) for run in runs] == [
+        ("Hopper-v4", "Flow-G decay-0.9"),
+        ("Walker2d-v4", "Flow-T"),
+        ("Ant-v4", "own"),
+    ]
+
+
 def test_same_runs_of_two_folders(tmp_path, capsys):
     """The folders tell them apart; of two equal ones in one folder the longer is kept."""
     for folder, value in (("before", 1), ("after", 2)):
@@ -543,6 +568,7 @@ def test_published_results_are_read_as_they_are(capsys):
         ("good --reps 0", "--reps must be 1 or more, not 0"),
         ("good --ranges Own-v0=5,1", "--ranges Own-v0=5,1: an environment and two returns, low < high"),
         ("good --ranges 5,1", "--ranges 5,1: an environment"),
+        ("good --ranges Own-v0=0,inf", "--ranges Own-v0=0,inf: an environment and two returns"),
         ("good --out good/ant-v4/sac_flow_g_seed1_eval.csv", "cannot write there"),
     ],
 )
@@ -561,11 +587,16 @@ def test_damaged_files_are_left_out_in_a_line(tmp_path, capsys):
     (tmp_path / "ant-v4" / "sac_flow_g_seed3_eval.csv").write_text(EVAL)
     (tmp_path / "ant-v4" / "sac_flow_g_seed4_eval.csv").write_text("")
     write(tmp_path / "ant-v4" / "noseed_eval.csv", [(100, 1)])
+    write(tmp_path / "ant-v4" / "sac_flow_g_seed5_eval.csv", [(100, 1), (100, 2)])
+    write(tmp_path / "ant-v4" / "sac_flow_g_seed6_eval.csv", [(float("nan"), 1)])
+    (tmp_path / "ant-v4" / "folder.csv").mkdir()
     write(tmp_path / "run" / "eval.csv", [(100, 1)])
     (tmp_path / "run" / "args.json").write_text("{")
     assert [run.seed for run in records.read([tmp_path])] == [1]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5 and all("1 file such as" in line for line in lines), lines
+    assert len(lines) == 6 and sum("1 file such as" in line for line in lines) == 5, lines
+    assert "note: left out, with entries that are no numbers: 2 files such as sac_flow_g_seed2_eval.csv" in lines
+    assert "note: left out, with several rows of one step: 1 file such as sac_flow_g_seed5_eval.csv" in lines
     for text in ("[]", '{"env_id": "lift", "seed": 1, "velocity": "another"}'):
         (tmp_path / "run" / "args.json").write_text(text)
         assert len(records.read([tmp_path])) == 1

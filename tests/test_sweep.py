@@ -237,6 +237,14 @@ def test_flags_beside_a_file_are_added_to_its_own(main, tmp_path, capsys):
     assert capsys.readouterr().out.count("--gamma") == 1
 
 
+@pytest.mark.parametrize("text", ['"x"', "[1]", '{"every_run": "", "seeds": ["1"]}', '{"every_run": 1}', "{"])
+def test_files_that_describe_no_sweep(main, tmp_path, capsys, text):
+    (tmp_path / "sweep.json").write_text(text)
+    assert main("--file", "sweep.json", "--dry-run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--file sweep.json is no sweep.json" in line
+
+
 def test_the_readmes_ablation_can_start(main, capsys):
     """Its command, as a dry run: each variant's flags are the program's."""
     readme = (ROOT / "benchmark" / "README.md").read_text()
@@ -318,6 +326,7 @@ def test_estimated_end_of_a_sweep():
     "flags, words",
     [
         ("--scripts no_such", "--scripts no_such: there is no such script"),
+        ("--scripts benchmark/controls/sac_gaussian", "controls/sac_gaussian: there is no such script"),
         ("--scripts sac_flow_g sac_flow_g", "--scripts must name one or more, each once"),
         ("--env-ids NoSuch-v0", "--env-id NoSuch-v0"),
         ("--env-ids", "--env-ids must name one or more"),
