@@ -1043,7 +1043,8 @@ def bounds_of(args: Args, env: gym.Env, about_data: dict) -> tuple[np.ndarray, n
     constant = high - low <= 1e-6 * np.maximum(abs(low), abs(high))  # up to rounding
     if constant.any():
         which = ", ".join(map(str, np.flatnonzero(constant)))
-        note(f"action {which} is always the same in the data: it gets the environment's bounds, or that value +-1")
+        bounds = "the environment's if these hold it, else that value +-1"
+        note(f"action {which} is always the same in the data: its bounds are {bounds}")
     own = constant & np.isfinite(extent_of(space)).ravel() & (own_low <= low) & (high <= own_high)
     return np.where(own, own_low, low - constant), np.where(own, own_high, high + constant)
 
