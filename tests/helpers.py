@@ -17,6 +17,8 @@ SIZES = "--critic-dim 16 --sigma-dim 16 --encoder-dim 16 --velocity-dim 16 --bat
 SMALL = [*SIZES, "--no-compile", "--no-cuda"]
 OFFLINE_SIZES = "--critic-dim 16 --velocity-dim 16 --gate-dim 8 --sigma-dim 16 --batch-size 16".split()
 OFFLINE_SMALL = [*OFFLINE_SIZES, "--actor-average", "0.5", "--no-compile", "--no-cuda"]
+# For tests of text that the scripts share (test_project.py) and that no velocity affects.
+one_script = pytest.mark.parametrize("name", SCRIPTS[:1])
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 

@@ -462,7 +462,7 @@ def test_flags_that_would_undo_a_variant(start, tmp_path, flags, words):
 
 def test_compiled_is_eager(start, tmp_path):
     """The gradients of the first update, half of which Adam keeps: its steps differ where a gradient is rounding."""
-    flags = ["--variant", "authors-clipped", "--total-timesteps", 101]
+    flags = ["--variant", "authors-clipped", "--flow-steps", 2, "--total-timesteps", 101]
     eager, _ = run_of(start, tmp_path, "eager", *flags)
     compiled, done = run_of(start, tmp_path, "compiled", *flags, "--compile")
     assert "without it" not in done.stderr

@@ -3,13 +3,12 @@
 import csv
 import importlib
 import math
-import subprocess
 import time
 from functools import partial
 
 import pytest
 import torch
-from helpers import FLOWS, ROOT, SMALL, command
+from helpers import FLOWS, ROOT, SMALL
 from torch import nn
 
 
@@ -96,18 +95,13 @@ def test_growth_is_relative_to_the_last_step_of_the_same_rollout():
     assert curves == {(2,): {0: [3.0, 0.5], 1: [1.5, 0.5], 2: [1.0, 1.0]}}
 
 
-def program(name, folder, *flags):
-    """A finished run of a program of benchmark/."""
-    return subprocess.run(command(name, *flags), cwd=folder, text=True, capture_output=True, timeout=500)
-
-
 def test_gradient_norms_of_runs(start, tmp_path):
     flags = ["--env-id", "InvertedPendulum-v4", "--learning-starts", 100, "--total-timesteps", 120, "--flow-steps", 2]
     for name in ("sac_flow_naive", "sac_flow_t"):
         assert start(*flags, *SMALL, "--run-name", f"of {name}", name=name).returncode == 0
     runs = sorted((tmp_path / "runs").iterdir())
     few = ["--flow-steps", 1, 2, "--weight-scales", 1, 3, "--seeds", 2, "--out", tmp_path / "out"]
-    done = program("gradient_norms", tmp_path, *few, "--runs", *runs)
+    done = start(*few, "--runs", *runs, name="gradient_norms")
     assert done.returncode == 0, done.stderr
     tables = {path.stem: list(csv.DictReader(open(path))) for path in (tmp_path / "out").glob("*.csv")}
     assert len(tables["init"]) == 3 * 2 * 2 * (2 + 3)  # velocities, scales, seeds, steps of K = 1 and 2
@@ -116,7 +110,7 @@ def test_gradient_norms_of_runs(start, tmp_path):
     assert all(float(row["grad_norm"]) > 0 for table in tables.values() for row in table)
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"init", "training", "checkpoints"}
     for given, named in (([tmp_path], str(tmp_path)), ([runs[0], runs[0]], "give one")):
-        done = program("gradient_norms", tmp_path, "--runs", *given)
+        done = start("--runs", *given, name="gradient_norms")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and named in done.stderr
 
 
@@ -128,11 +122,11 @@ def test_the_last_value_of_a_flag_counts():
     assert speed.value_of(["--critic-dim=64", "--critic-dim", "32"], "--critic-dim") == "32"
 
 
-def test_speed_measures_a_script(tmp_path):
+def test_speed_measures_a_script(start, tmp_path):
     """Eager, so that it is quick: parts and rest are the whole step, and the FLOPs are those of the networks."""
     out = tmp_path / "speed.csv"
     flags = ["--suite", "baseline", "--scripts", "sac_flow_g", "--extra=--no-compile", "--seconds", 1, "--out", out]
-    done = program("speed", tmp_path, *flags)
+    done = start(*flags, name="speed")
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader(open(out))
     step = sum(float(row[f"{part}_ms"]) for part in ("environment", "act", "critic", "actor", "rest"))
@@ -143,7 +137,7 @@ def test_speed_measures_a_script(tmp_path):
     )
     # Two critics of 14-256-256-1 on 512 rows, three products each, are the larger part: 426 MFLOP of the step's.
     assert 426 < int(row["mflop_per_step"]) < 750
-    done = program("speed", tmp_path, "--scripts", "nothing", "--suite", "baseline")
+    done = start("--scripts", "nothing", "--suite", "baseline", name="speed")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nothing" in done.stderr
 
 
@@ -221,9 +215,9 @@ def flat(values) -> list:
     return [number for value in values for number in flat(value)]
 
 
-def test_bandit(tmp_path):
+def test_bandit(start, tmp_path):
     few = ["--policies", "plain", "clipped", "gaussian", "--flow-steps", 2, "--alphas", 0.01, 0.5, "--seeds", 2]
-    done = program("bandit", tmp_path, *few, "--updates", 100, "--batch-size", 32, "--out", tmp_path / "out")
+    done = start(*few, "--updates", 100, "--batch-size", 32, "--out", tmp_path / "out", name="bandit")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(open(tmp_path / "out" / "modes.csv")))
     assert [row["policy"] for row in rows] == 4 * ["plain"] + 4 * ["clipped"] + 4 * ["gaussian"]
@@ -233,7 +227,7 @@ def test_bandit(tmp_path):
         assert float(first["path_entropy"]) < float(second["path_entropy"])
     wrong = "--alphas 0|--alphas inf|--flow-steps 0|--seeds 0|--policies|--rewards|--out /dev/null/x"
     for flag, *value in map(str.split, wrong.split("|")):
-        done = program("bandit", tmp_path, flag, *value)
+        done = start(flag, *value, name="bandit")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and flag in done.stderr
 
 
@@ -281,10 +275,10 @@ def test_frozen_critic(start, tmp_path):
     assert start(*flags, *SMALL, name="sac_flow_g").returncode == 0
     (run,) = (tmp_path / "runs").iterdir()
     few = ["--flow-steps", 2, "--weight-scales", 1, 3, "--seeds", 2, "--updates", 25, "--out", tmp_path / "out"]
-    done = program("frozen_critic", tmp_path, "--run", run, *few)
+    done = start("--run", run, *few, name="frozen_critic")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(open(tmp_path / "out" / "frozen_critic.csv")))
     assert len(rows) == 3 * 2 * 2 * 2 * 2 and {row["update"] for row in rows} == {"0", "25"}
     assert len({row["loss"] for row in rows}) > 24 and (tmp_path / "out" / "frozen_critic.png").is_file()
-    done = program("frozen_critic", tmp_path, "--run", tmp_path)
+    done = start("--run", tmp_path, name="frozen_critic")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from helpers import (
     command,
     interrupt_after_should_save,
     needs_cuda,
+    one_script,
     path_of,
     the_run,
 )
@@ -38,6 +40,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 PENDULUM = ["--env-id", "InvertedPendulum-v4", "--learning-starts", "100", *SMALL]
 HOPPER = ["--env-id", "Hopper-v4", *SMALL]
+TWO_STEPS = [*PENDULUM, "--flow-steps", "2"]  # compiled in half the time of four; what is compiled once is kept
 
 
 def returns(run: Path, name: str = "returns.csv") -> list[list[str]]:
@@ -72,6 +75,7 @@ def test_what_a_killed_compilation_left_is_cleared_away(monkeypatch, tmp_path):
     assert script.find_compiler(torch.device("cpu")) is script.unchanged  # without a place to compile: eager
 
 
+@one_script
 def test_compiled_with_target_networks(run, tmp_path):
     """With tau = 1 the target networks are the critics; a fixed alpha stays where it is."""
     flags = ["--no-crossq", "--tau", 1, "--no-autotune", "--alpha", 0.25, "--compile", "--env-id", "Humanoid-v4"]
@@ -86,7 +90,7 @@ def test_compiled_with_target_networks(run, tmp_path):
 def test_compiled_is_eager(run, tmp_path, device):
     """Twelve updates, four of the actor (on CUDA the last are graphs), from one seed: equal up to rounding."""
     for i, flag in enumerate(("--no-compile", "--compile")):
-        done = run(*PENDULUM, device, flag, "--total-timesteps", 112, "--actor-average", 0.5)
+        done = run(*TWO_STEPS, device, flag, "--total-timesteps", 112, "--actor-average", 0.5)
         assert done.returncode == 0 and "continuing without it" not in done.stderr, done.stderr
         the_run(tmp_path).rename(tmp_path / str(i))
     eager, compiled = (checkpoint(tmp_path / str(i)) for i in range(2))
@@ -101,6 +105,7 @@ def test_compiled_is_eager(run, tmp_path, device):
             torch.testing.assert_close(moments, state["exp_avg"], rtol=1e-2, atol=1e-4)
 
 
+@one_script
 def test_without_a_compiler_it_goes_on(run, tmp_path):
     flags = ["--env-id", "InvertedPendulum-v4", "--total-timesteps", 120, "--learning-starts", 100, *SMALL, "--compile"]
     none = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": "/nowhere"}
@@ -109,7 +114,7 @@ def test_without_a_compiler_it_goes_on(run, tmp_path):
 
 
 def test_what_a_run_leaves(run, tmp_path, name):
-    done = run(*PENDULUM, "--total-timesteps", 600, "--seed", 7, "--eval-every", 200, "--compile")
+    done = run(*TWO_STEPS, "--total-timesteps", 600, "--seed", 7, "--eval-every", 200, "--compile")
     assert done.returncode == 0, done.stderr
     folder = the_run(tmp_path)
     assert folder.name.startswith(f"InvertedPendulum-v4__{name}__7__")
@@ -126,7 +131,7 @@ def test_what_a_run_leaves(run, tmp_path, name):
 
     events = EventAccumulator(str(folder)).Reload()
     losses = {"qf_loss", "qf_values", "actor_loss", "alpha_loss", "alpha", "entropy"}
-    expected = {f"losses/{loss}" for loss in losses} | {f"flow/grad_norm_step_{i}" for i in range(5)}
+    expected = {f"losses/{loss}" for loss in losses} | {f"flow/grad_norm_step_{i}" for i in range(3)}
     expected |= {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
     expected |= {"eval/return", "eval/length", "eval/stochastic_return"}
     assert expected <= set(events.Tags()["scalars"])
@@ -155,6 +160,7 @@ def test_what_a_run_leaves(run, tmp_path, name):
     assert evaluate() != float(evaluations[2]["return"])
 
 
+@one_script
 def test_same_seed_same_run_other_seed_other_run(run, tmp_path):
     for seed in (1, 1, 2):
         assert run(*PENDULUM, "--total-timesteps", 150, "--seed", seed).returncode == 0
@@ -171,6 +177,7 @@ def test_random_actions_are_seeded_also_if_an_environment_renews_its_action_spac
     assert_same(first["generators"], second["generators"])
 
 
+@one_script
 def test_an_observation_that_changes_in_place_is_copied(run, tmp_path):
     done = run("--env-id", "tiny_envs:InPlace-v0", "--total-timesteps", 50, "--learning-starts", 45, *SMALL)
     assert done.returncode == 0, done.stderr
@@ -359,13 +366,13 @@ def test_killed_run_resumes_bit_for_bit(run, name, tmp_path):
         assert_same(states[0], states[1] | {"args": states[0]["args"]})
 
 
-# What is compiled here is what test_compiled_is_eager compiled.
-@pytest.mark.parametrize("kind", [[*PENDULUM, "--compile"], [*HOPPER, "--crossq"], [*HOPPER, "--no-crossq"]])
-def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
-    """One that ended where an episode did; after another end, within an episode, a new one begins.
+EAGER = itertools.product(SCRIPTS, ([*HOPPER, "--crossq"], [*HOPPER, "--no-crossq"]))
 
-    The evaluations at the first end stay.
-    """
+
+# What is compiled here is what test_compiled_is_eager compiled.
+@pytest.mark.parametrize("name, kind", [*EAGER, ("sac_flow_g", [*TWO_STEPS, "--compile"])])
+def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
+    """One that ended where an episode did. The evaluations at the first end stay."""
     flags = [*kind, "--learning-starts", 300]
     flags += ["--eval-every", 100]
     assert run(*flags, "--total-timesteps", 400).returncode == 0
@@ -389,12 +396,14 @@ def test_finished_run_can_be_extended_bit_for_bit(run, tmp_path, kind):
     scores = [float(row[2]) for row in rows[1:] if row[1] == "deterministic"]
     assert extended["best"] == pytest.approx(max(scores), rel=1e-4)
 
-    folder.rename(tmp_path / "extended")
-    assert run(*flags, "--total-timesteps", start + 3).returncode == 0
-    folder = the_run(tmp_path)
-    assert run("--resume", folder, "--total-timesteps", 400).returncode == 0
-    end, _, length = returns(folder)[[row[0] for row in returns(folder)].index(str(start)) + 1]
-    assert int(end) == start + 3 + int(length)
+
+def test_a_run_that_is_extended_within_an_episode_begins_a_new_one(shared, main):
+    """The odd episodes of `Scripted`, the first among them, last 7 steps, the even ones 5."""
+    flags = ["--env-id", "tiny_envs:Scripted-v0", "--learning-starts", 15, "--eval-every", 0, *SMALL]
+    folder = main(shared, *flags, "--total-timesteps", 17)
+    main(shared, "--resume", folder, "--total-timesteps", 40)
+    rows = [(int(end), int(length)) for end, _, length in returns(folder)[1:]]
+    assert rows == [(7, 7), (12, 5), (24, 7), (29, 5), (36, 7)]
 
 
 def test_evaluations_at_a_checkpoints_step_are_kept(shared, main):
@@ -496,6 +505,7 @@ def test_an_old_generator_of_an_environment_resumes_within_a_pair_of_gaussians(s
     np.testing.assert_array_equal(env.unwrapped.np_random.randn(3), drawn)
 
 
+@one_script
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_run_saves_at_the_end_of_the_episode(run, name, tmp_path, number):
     flags = command(name, *PENDULUM, "--total-timesteps", 100_000)
@@ -541,6 +551,7 @@ def test_second_signal_stops_at_once(tmp_path, second):
     assert process.returncode == -second and "at the end of this episode" in stderr and "Traceback" not in stderr
 
 
+@one_script
 def test_endless_episodes_are_truncated(run, tmp_path):
     """So that checkpoints and evaluations come to an end; a limit of the environment's own gives way to the flag."""
     for env_id in ("tiny_envs:Endless-v0", "Humanoid-v4"):
@@ -638,6 +649,7 @@ def test_an_error_while_playing_is_a_line(shared, main, monkeypatch, capsys):
     assert line.endswith(f"error: --evaluate {folder}: the arm fell off")
 
 
+@one_script
 def test_evaluate(run, tmp_path):
     assert run(*PENDULUM, "--total-timesteps", 200).returncode == 0
     folder = the_run(tmp_path)
@@ -661,6 +673,7 @@ def can_render() -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+@one_script
 def test_capture_video(run, tmp_path):
     if not can_render():
         pytest.skip("no EGL here: apt install libegl1")
@@ -758,6 +771,7 @@ def test_an_empty_name_is_an_error(shared, tmp_path, monkeypatch, refused, flag)
     assert not any(tmp_path.iterdir())
 
 
+@one_script
 def test_run_name(run, tmp_path):
     """Names the folder; one that is there is not written to."""
     assert run(*PENDULUM, "--total-timesteps", 120, "--run-name", "a/b").returncode == 0
@@ -797,6 +811,7 @@ def test_a_run_that_went_on_meanwhile_is_not_set_back(shared, main, monkeypatch,
     assert (folder / "returns.csv").read_bytes() == before and checkpoint(folder)["step"] == 130
 
 
+@one_script
 def test_a_run_that_is_training_is_not_resumed(run, name, tmp_path):
     flags = [*PENDULUM, "--total-timesteps", 100_000, "--save-every", 1, "--run-name", "x"]
     process = subprocess.Popen(
@@ -863,6 +878,7 @@ def test_cuda_asked_for_and_absent(run):
     assert_refused(run("--cuda"), "--cuda", "--no-cuda")
 
 
+@one_script
 def test_missing_packages_are_named(run, tmp_path):
     for flag, package in (("--track", "wandb"), ("--capture-video", "moviepy")):
         (tmp_path / "hidden").mkdir(exist_ok=True)
@@ -871,6 +887,7 @@ def test_missing_packages_are_named(run, tmp_path):
         assert_refused(run(flag, env={"PYTHONPATH": path}), package, "benchmark/requirements.txt")
 
 
+@one_script
 def test_bad_checkpoints(run, name, tmp_path):
     assert run(*PENDULUM, "--total-timesteps", 150).returncode == 0
     folder = the_run(tmp_path)
@@ -930,6 +947,7 @@ def test_bad_checkpoints(run, name, tmp_path):
     assert (folder / "returns.csv").read_text().startswith(rows)
 
 
+@one_script
 @pytest.mark.parametrize(
     "env, step, bad",
     [
@@ -1045,6 +1063,7 @@ def test_diverging_loss_is_named_and_never_saved(shared, tmp_path, monkeypatch, 
     assert 120 <= checkpoint(the_run(tmp_path))["step"] < 237
 
 
+@one_script
 def test_full_disk_while_saving(run, tmp_path):
     """A limit on file sizes stands for the full disk; the buffer's growth hits it."""
     flags = [*PENDULUM, "--total-timesteps", 4000, "--learning-starts", 3900, "--save-every", 300]
@@ -1058,6 +1077,7 @@ def test_full_disk_while_saving(run, tmp_path):
     assert run("--resume", folder, "--total-timesteps", 3910).returncode == 0
 
 
+@one_script
 def test_full_disk_while_logging(run, tmp_path):
     """TensorBoard's thread is the one that hits it, and prints nothing of its own."""
     flags = [*PENDULUM, "--total-timesteps", 4000, "--learning-starts", 3900]
@@ -1068,22 +1088,24 @@ def test_full_disk_while_logging(run, tmp_path):
 # --- learning ---
 
 
-@pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])
+@pytest.mark.parametrize(
+    "name, crossq", [("sac_flow_g", "--crossq"), ("sac_flow_g", "--no-crossq"), ("sac_flow_t", "--crossq")]
+)
 def test_learns_to_walk_home(run, name, tmp_path, crossq):
     """Home-v0: from the ten starts standing still returns -8.6, walking straight home -1.4.
 
-    Found by step 800, the way is kept. But on a task this small, with a target entropy this large, Flow-T with CrossQ's
-    critic first strays to -20 and is back at step 2 400 (-2.5): of its evaluations the best counts.
+    Found by step 1 200, the way is kept. On a task this small the default target entropy asks for much noise: with it
+    Flow-T, with CrossQ's critic, first strays to -20 and is back at step 2 400 only. With -1, seeds 1 and 2 return -1.6
+    and -2.4 at step 1 200.
     """
-    strays = (name, crossq) == ("sac_flow_t", "--crossq")
-    steps = 3200 if strays else 1600
-    flags = "--env-id tiny_envs:Home-v0 --learning-starts 300 --actor-delay 1 --eval-every 400".split()
-    flags += ["--total-timesteps", steps, "--eval-episodes", 10, "--actor-average", 0.99, crossq]
+    flags = "--env-id tiny_envs:Home-v0 --total-timesteps 1600 --learning-starts 300 --actor-delay 1".split()
+    flags += ["--eval-every", 400, "--eval-episodes", 10, "--actor-average", 0.99, crossq]
+    flags += ["--target-entropy=-1"] if name == "sac_flow_t" else []
     done = run(*SMALL, *flags, "--critic-dim", 64, "--batch-size", 64)
     assert done.returncode == 0, done.stderr
     rows = returns(the_run(tmp_path), "eval.csv")[1:]
     found = [float(value) for step, kind, value, *_ in rows if int(step) >= 1200 and kind == "deterministic"]
-    assert max(found) > -3 if strays else min(found) > -3, rows
+    assert min(found) > -3, rows
 
 
 @pytest.mark.parametrize("crossq", ["--crossq", "--no-crossq"])

@@ -158,7 +158,7 @@ def test_killed_worker_and_killed_process(begin, tmp_path, uninterrupted):
 
 
 def test_ctrl_c_loses_nothing(begin, tmp_path, uninterrupted):
-    flags = [*FLAGS, "--total-timesteps", 1200]  # so long that none ends before the signal
+    flags = [*FLAGS, "--total-timesteps", 600]  # so long that none ends before the signal
     process = begin("--name", "stopped", "--env-ids", ENV, "--seeds", 1, 2, 3, *flags)
     runs = [tmp_path / "runs" / "stopped" / f"{ENV}__sac_flow_g__{seed}" for seed in (1, 2, 3)]
     run = wait_for(lambda: next((run for run in runs if (run / "checkpoint.pt").exists()), None), process)
@@ -168,7 +168,7 @@ def test_ctrl_c_loses_nothing(begin, tmp_path, uninterrupted):
     output = end(process, 130)
     assert "--file runs/stopped/sweep.json" in output and "failed" not in output
     assert f"stopped at step {checkpoint(run)['step']};" in run.with_name(f"{run.name}.log").read_text()
-    assert checkpoint(run)["step"] < 1200 and not process_of(run)[0]
+    assert checkpoint(run)["step"] < 600 and not process_of(run)[0]
     assert "3 runs: 3 finished" in end(begin("--file", "runs/stopped/sweep.json"), 0)
     assert_same_run(run, uninterrupted(run, flags))
 
