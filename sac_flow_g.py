@@ -256,7 +256,7 @@ class Actor(nn.Module):
             nn.Linear(sigma_dim, sigma_dim), nn.ReLU(),
             nn.Linear(sigma_dim, self.action_dim),
         )  # fmt: skip
-        self.register_buffer("scale", (high - low) / 2)
+        self.register_buffer("scale", extent / 2)
         self.register_buffer("bias", (high + low) / 2)
         # Last step: SAC's customary target, -1 for each dimension of actions in [-1, 1], implies a sigma of 0.36 at
         # K = 4 (0.18 with Euler's step or without the score). The last deviation is about sigma / K (sigma / sqrt(K)
@@ -460,7 +460,7 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
 
 
 def actor_loss(actor, critics, obs, noise, alpha):
-    """mean(alpha log_prob - min_j Q_j(s, a)), gradient through all K steps. Returns it, mean log_prob, A_0 to A_K."""
+    """mean(alpha log_prob - min_j Q_j(s, a)), gradient through all K steps; then mean log_prob, A_0 to A_K."""
     action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
     loss = (alpha * log_prob - q).mean()
@@ -776,13 +776,14 @@ def parse_args() -> tuple[Args, dict | None]:
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         else:
             checkpoint = load(path / "checkpoint.pt", "progress")
-        own = dict(resume=args.resume, evaluate=args.evaluate, capture_video=False)
+        own = dict(resume=args.resume, evaluate=args.evaluate)
         saved = Args(**checkpoint["args"] | own)
         saved.track &= bool(args.resume)
+        saved.capture_video &= bool(args.resume)
         saved.cuda &= torch.cuda.is_available()
         args = read_flags(Args, __doc__, default=saved)
-        may_change = "total_timesteps cuda compile capture_video save_every eval_every eval_episodes".split()
-        may_change += ["seed"] if args.evaluate else ["track"]
+        may_change = "cuda compile capture_video eval_episodes".split()
+        may_change += ["seed"] if args.evaluate else "total_timesteps save_every eval_every track".split()
         for name, old in vars(saved).items():
             new = getattr(args, name)
             if new != old and name not in may_change:
@@ -790,7 +791,8 @@ def parse_args() -> tuple[Args, dict | None]:
         if args.resume and args.total_timesteps <= checkpoint["progress"]["step"]:
             fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --total-timesteps to continue")
     elif args.run_name and os.path.exists(folder := Path("runs") / args.run_name):
-        fail(f"--run-name {args.run_name}: {folder} exists: remove it, take another name, or --resume {folder}")
+        resume = f", or --resume {folder}" if os.path.isfile(folder / "checkpoint.pt") else ""
+        fail(f"--run-name {args.run_name}: {folder} exists: remove it or take another name{resume}")
 
     least = 2 if args.crossq else 1  # BatchRenorm needs a batch
     starts = args.learning_starts
@@ -919,6 +921,9 @@ class Run:
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
         self.history = []  # (step, losses) of each update since the losses were last checked
+        if args.track:  # before there is a folder
+            with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
+                import wandb
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
@@ -926,10 +931,8 @@ class Run:
             if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
                 fail(f"{self.folder} was continued by another process in the meantime: run the command again")
             if args.track:
-                with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
-                    import wandb
-
-                    run_id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
+                run_id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
+                with explained("--track"):
                     wandb.init(project="sac-flow", id=run_id, resume="allow", config=vars(args), sync_tensorboard=True)
             flags = json.dumps(asdict(args), indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
@@ -1120,7 +1123,7 @@ def load(path: Path, key: str) -> dict:
         written_by = state.get("script", "another program")
         flags = set(state.get("args", {}))
     if written_by != SCRIPT:
-        fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
+        fail(f"{path} was written by {written_by}, not by {SCRIPT}")
     if key not in state:
         fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file in it")
     if differing := flags ^ set(vars(Args())):
@@ -1153,9 +1156,9 @@ def play(args: Args, policy: dict) -> None:
     env = make_env(args.env_id, args.max_episode_steps, "rgb_array" if args.capture_video else "human")
     path = Path(args.evaluate)
     if args.capture_video:
-        folder = path.parent if path.is_file() else path
+        folder, name = (path.parent, path.stem) if path.is_file() else (path, "policy")
         first = lambda episode: episode % args.eval_episodes == 0  # noqa: E731  of each kind
-        env = record_videos(env, folder, "evaluation", first)
+        env = record_videos(env, folder, f"evaluation-of-{name}", first)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
@@ -1285,7 +1288,7 @@ def make_env(env_id: str, max_episode_steps: int | None = None, render_mode: str
             env.render()
     if env.spec.max_episode_steps is None:  # else an endless episode would put off checkpoints, too
         env = gym.wrappers.TimeLimit(env, 10_000)
-        note(f"{env_id} has no time limit: episodes are truncated after 10 000 steps, or after --max-episode-steps")
+        note(f"{env_id} registers no time limit: episodes are truncated at 10 000 steps, or at --max-episode-steps")
     return gym.wrappers.RecordEpisodeStatistics(env, stats_key=EPISODE)
 
 

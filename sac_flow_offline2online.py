@@ -320,6 +320,8 @@ class DecodedVelocity(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, action_dim)
         if contractive:
+            if dim < action_dim:
+                raise ValueError(f"a contractive start needs dim >= {action_dim} (--velocity-dim), not {dim}")
             nn.init.orthogonal_(self.from_action.weight)
             with torch.no_grad():
                 self.out.weight.copy_(-self.from_action.weight.T)
@@ -402,7 +404,7 @@ class Actor(nn.Module):
             nn.init.zeros_(self.sigma_net[-1].weight)
             start = math.atanh((self.log_sigma + 1.5) / 3.5)  # where `sigma` below equals the flag
             nn.init.constant_(self.sigma_net[-1].bias, start)
-        self.register_buffer("scale", (high - low) / 2)
+        self.register_buffer("scale", extent / 2)
         self.register_buffer("bias", (high + low) / 2)
         # The paper's target, 0, would require far more noise than the paper's sigma gives. This one is met with a sigma
         # near `sigma`, or above it where actions are near their bounds.
@@ -931,13 +933,14 @@ def parse_args() -> tuple[Args, dict | None]:
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         else:
             checkpoint = load(path / "checkpoint.pt", "progress")
-        own = dict(resume=args.resume, evaluate=args.evaluate, capture_video=False)
+        own = dict(resume=args.resume, evaluate=args.evaluate)
         saved = Args(**checkpoint["args"] | own)
         saved.track &= bool(args.resume)
+        saved.capture_video &= bool(args.resume)
         saved.cuda &= torch.cuda.is_available()
         args = read_flags(Args, __doc__, default=saved)
-        may_change = "online_steps cuda compile capture_video save_every eval_every eval_episodes".split()
-        may_change += ["seed"] if args.evaluate else ["track"]
+        may_change = "cuda compile capture_video eval_episodes".split()
+        may_change += ["seed"] if args.evaluate else "online_steps save_every eval_every track".split()
         for name, old in vars(saved).items():
             new = getattr(args, name)
             if name == "env_kwargs" and read_kwargs(new).items() <= read_kwargs(old).items():
@@ -947,7 +950,8 @@ def parse_args() -> tuple[Args, dict | None]:
         if args.resume and args.offline_steps + args.online_steps <= checkpoint["progress"]["step"]:
             fail(f"{folder} has reached step {checkpoint['progress']['step']}: raise --online-steps to continue")
     elif args.run_name and os.path.exists(folder := Path("runs") / args.run_name):
-        fail(f"--run-name {args.run_name}: {folder} exists: remove it, take another name, or --resume {folder}")
+        resume = f", or --resume {folder}" if os.path.isfile(folder / "checkpoint.pt") else ""
+        fail(f"--run-name {args.run_name}: {folder} exists: remove it or take another name{resume}")
     task = args.env_id.split("-play")[0]
     if args.beta is None:
         args.beta = BETA.get("lift" if args.env_id.startswith("robosuite/") else task, 100)
@@ -1145,6 +1149,9 @@ class Run:
         self.saved_step = self.progress.step
         self.interrupted = 0  # the number of the signal
         self.history = []  # (step, losses) of each update since the losses were last checked
+        if args.track:  # before there is a folder
+            with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
+                import wandb
         with explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
             self.lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held until the run ends
@@ -1152,10 +1159,8 @@ class Run:
             if checkpoint and (self.folder / "checkpoint.pt").stat().st_mtime_ns != checkpoint["written"]:
                 fail(f"{self.folder} was continued by another process in the meantime: run the command again")
             if args.track:
-                with explained("--track needs wandb (pip install -r benchmark/requirements.txt)"):
-                    import wandb
-
-                    run_id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
+                run_id = "-".join(self.folder.resolve().parts[-2:])  # with the sweep's name
+                with explained("--track"):
                     wandb.init(project="sac-flow", id=run_id, resume="allow", config=vars(args), sync_tensorboard=True)
             flags = json.dumps(asdict(args) | {"files": self.progress.files}, indent=2)
             (self.folder / "args.json").write_text(flags + "\n")
@@ -1341,7 +1346,7 @@ def load(path: Path, key: str) -> dict:
         written_by = state.get("script", "another program")
         flags = set(state.get("args", {}))
     if written_by != SCRIPT:
-        fail(f"{path} was written by {written_by}, not by {SCRIPT}: continue it there")
+        fail(f"{path} was written by {written_by}, not by {SCRIPT}")
     if key not in state:
         fail(f"{path} is another kind of file: --resume takes a run's folder, --evaluate that or a policy file in it")
     if differing := flags ^ set(vars(Args())):
@@ -1376,7 +1381,8 @@ def play(args: Args, policy: dict) -> None:
     path = Path(args.evaluate)
     if args.capture_video:
         first = lambda episode: episode % args.eval_episodes == 0  # noqa: E731  of each kind
-        env = record_videos(env, path.parent if path.is_file() else path, "evaluation", first)
+        folder, name = (path.parent, path.stem) if path.is_file() else (path, "policy")
+        env = record_videos(env, folder, f"evaluation-of-{name}", first)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size * args.chunk != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     env = rescaled(env, actor) if args.rescale_actions else env
@@ -1657,7 +1663,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
                 env.unwrapped.render_mode = render_mode
     if endless:
         limit = """--env-kwargs '{"max_episode_steps": 1000}'"""
-        note(f"{args.env_id} has no time limit: episodes are truncated after 10 000 steps, or as {limit} says")
+        note(f"{args.env_id} registers no time limit: episodes are truncated at 10 000 steps, or as {limit} says")
     return env
 
 

@@ -336,6 +336,16 @@ def test_flow_t_starts_contractive(action_dim):
         assert path[-1].std(0).mean() < 0.4 < 0.9 < path[0].std(0).mean()
 
 
+def test_a_velocity_that_is_too_narrow_for_a_contractive_start_is_refused():
+    """Some directions of A_0 would pass: with fewer units than actions, W^T W is a projection onto some of them."""
+    import sac_flow_t as script
+
+    script.Velocity(5, 17, dim=17)
+    script.Velocity(5, 17, dim=16, contractive=False)
+    with pytest.raises(ValueError, match="17 .--velocity-dim., not 16"):
+        script.Velocity(5, 17, dim=16)
+
+
 def test_flow_g_starts_contractive():
     import sac_flow_g as script
 

@@ -433,7 +433,7 @@ def test_a_run_killed_in_its_last_evaluations_makes_them_when_resumed(shared, ma
     assert_same(*(checkpoint(run)["actor"] for run in (folder, whole)))
 
 
-def test_a_tracked_run_is_tracked_when_resumed(shared, main, monkeypatch):
+def test_a_tracked_run_is_tracked_when_resumed(shared, main, monkeypatch, capsys):
     """Under the same name; what plays its policy is not."""
     calls = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **flags: calls.append(flags)))
@@ -445,6 +445,11 @@ def test_a_tracked_run_is_tracked_when_resumed(shared, main, monkeypatch):
     with pytest.raises(SystemExit):
         main(shared, "--evaluate", folder, "--track")
     assert len(calls) == 2
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **flags: 1 / 0))
+    with pytest.raises(SystemExit):
+        main(shared, *PENDULUM, "--track")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "--track: division by zero" in message and "pip install" not in message
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "sac_flow_offline2online"])
@@ -574,7 +579,7 @@ def test_a_limit_that_the_script_sets_is_said_once(name, capsys):
         env = script.make_env(script.Args(env_id, dataset="none.npz") if offline else env_id)
         assert env.get_wrapper_attr("_max_episode_steps") == 10_000
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("note: tiny_envs:Endless-v0 has no time limit: ") and "max" in line
+    assert line.startswith("note: tiny_envs:Endless-v0 registers no time limit: ") and "max" in line
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "sac_flow_offline2online"])
@@ -661,6 +666,7 @@ def test_evaluate(run, tmp_path):
         assert f"\n{kind}: return {float(value):.1f} +-" in first.stdout
     others = {run("--evaluate", folder, "--seed", seed).stdout for seed in (2, 3, 4)}  # two may round alike
     assert others != {first.stdout}
+    assert_refused(run("--evaluate", folder, "--total-timesteps", 900), "--total-timesteps 900 conflicts with 200")
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     (folder / "checkpoint.pt").unlink()  # policy.pt is enough
     done = run("--evaluate", folder / "policy_best.pt", "--eval-episodes", 2)
@@ -682,8 +688,11 @@ def test_capture_video(run, tmp_path):
     folder = the_run(tmp_path)
     videos = list((folder / "videos").glob("*.mp4"))
     assert videos and all(path.stat().st_size > 1000 for path in videos)
-    assert run("--evaluate", folder, "--capture-video", "--eval-episodes", 3).returncode == 0
-    assert len(list((folder / "videos").glob("evaluation*.mp4"))) == 2  # the first of each kind
+    for policy in (folder, folder / "policy_best.pt"):  # neither's videos give way to the other's
+        assert run("--evaluate", policy, "--capture-video", "--eval-episodes", 2).returncode == 0
+    assert len(list((folder / "videos").glob("evaluation*.mp4"))) == 4  # the first of each kind
+    assert run("--resume", folder, "--total-timesteps", 200).returncode == 0
+    assert list((folder / "videos").glob("from-step-150-*.mp4"))
 
 
 # --- bad input ---
@@ -780,6 +789,10 @@ def test_run_name(run, tmp_path):
     assert (tmp_path / "runs/a/b/returns.csv").read_bytes() == before
     assert run("--resume", "runs/a/b", "--total-timesteps", 130).returncode == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+    (tmp_path / "runs/b").mkdir()  # of a run that died before its first checkpoint
+    done = run(*PENDULUM, "--run-name", "b")
+    assert_refused(done, "runs/b exists")
+    assert "--resume" not in done.stderr
 
 
 def test_runs_that_begin_in_the_same_second(shared, monkeypatch, tmp_path):
@@ -885,6 +898,7 @@ def test_missing_packages_are_named(run, tmp_path):
         (tmp_path / "hidden" / f"{package}.py").write_text("raise ImportError")
         path = os.pathsep.join([str(tmp_path / "hidden"), os.environ["PYTHONPATH"]])
         assert_refused(run(flag, env={"PYTHONPATH": path}), package, "benchmark/requirements.txt")
+        assert not (tmp_path / "runs").exists()
 
 
 @one_script
