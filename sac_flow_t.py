@@ -499,7 +499,7 @@ def critic_loss(actor, critics, targets, batch, noise, alpha, gamma):
 
 
 def actor_loss(actor, critics, obs, noise, alpha):
-    """mean(alpha log_prob - min_j Q_j(s, a)), gradient through all K steps; then mean log_prob, A_0 to A_K."""
+    """mean(alpha log_prob - min_j Q_j(s, a)), with gradients through all K steps; mean log_prob; and A_0 to A_K."""
     action, log_prob, path = actor.rollout(obs, noise)
     q = torch.stack([critic(obs, action) for critic in critics]).amin(0)
     loss = (alpha * log_prob - q).mean()
