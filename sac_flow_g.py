@@ -1114,7 +1114,7 @@ def load(path: Path, key: str) -> dict:
     """Read a run's file, which must have `key`; stops the program if it is missing, damaged or another script's."""
     if not os.path.isfile(path):  # Path.is_file raises on some paths
         fail(f"there is no {path}: name the folder of a run that has saved one, such as runs/<name>")
-    with explained(f"{path} is truncated or corrupted: restore it from a copy, or start a new run"):
+    with explained(f"{path} is unreadable, truncated or corrupted: restore it from a copy, or start a new run"):
         written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load would not notice a flipped bit
@@ -1151,7 +1151,7 @@ def load_policy(path: str) -> Actor:
 
 def play(args: Args, policy: dict) -> None:
     """Play a saved policy: in a window where there is a display, or as videos, and print its returns."""
-    with explained(f"--evaluate {args.evaluate}: it was altered"):
+    with explained(f"--evaluate {args.evaluate}: it was altered, or there is no memory for it"):
         actor = build_policy(policy).to("cuda" if args.cuda else "cpu")
     env = make_env(args.env_id, args.max_episode_steps, "rgb_array" if args.capture_video else "human")
     path = Path(args.evaluate)

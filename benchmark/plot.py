@@ -394,12 +394,20 @@ def have_seconds(groups: dict[str, list[Run]]) -> bool:
 
 
 def growth(run: Run, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and |dL/dA_0| / |dL/dA_K|, as the update saw them, from the `norms.csv` beside a run: mean or largest."""
+    """Steps and |dL/dA_0| / |dL/dA_K|, as the update saw them, from the `norms.csv` beside a run: mean or largest.
+
+    Of a file that is not as `ablation.py` writes it, nothing, with a note.
+    """
     norms = defaultdict(dict)  # step -> i -> |dL/dA_i|
-    with open(run.path.with_name("norms.csv"), newline="") as file:
-        for row in csv.DictReader(file):
-            if row["statistics"] == "batch" and None not in row.values():  # the last row may be half written
-                norms[int(row["step"])][int(row["i"])] = float(row[column])
+    path = run.path.with_name("norms.csv")
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                if row["statistics"] == "batch" and None not in row.values():  # the last row may be half written
+                    norms[int(row["step"])][int(row["i"])] = float(row[column])
+    except (KeyError, ValueError, csv.Error) as error:
+        note(f"left out, {path}: {type(error).__name__} {error}")
+        return np.array([]), np.array([])
     last = max((i for of_step in norms.values() for i in of_step), default=0)
     ratios = {step: of_step[0] / of_step[last] for step, of_step in norms.items() if {0, last} <= of_step.keys()}
     return np.array(list(ratios)), np.array(list(ratios.values()))

@@ -346,7 +346,7 @@ def test_runs_of_the_ablation_and_of_sbx_are_read(main, tmp_path):
     assert sorted(row[1] for row in table[1:]) == ["Authors' plain flow", "CrossQ (sbx)", "Plain flow"]
 
 
-def test_growth_of_the_gradients_of_the_ablation_is_drawn(main, drawn, tmp_path):
+def test_growth_of_the_gradients_of_the_ablation_is_drawn(main, drawn, tmp_path, monkeypatch):
     """A_0 over A_K, K = 2, normalised by the batch: 1 / 4 and 8 / 2 of the mean, 3 / 4 and 9 / 3 of the largest."""
     folder = tmp_path / "runs" / "Ant-v4__ablation__variant=flow-g__1"
     write_run(folder, [(100, 1), (200, 2)], env_id="Ant-v4", variant="flow-g")
@@ -364,7 +364,14 @@ def test_growth_of_the_gradients_of_the_ablation_is_drawn(main, drawn, tmp_path)
         other := tmp_path / "runs" / "Ant-v4__ablation__variant=plain__1", [(100, 1)], env_id="Ant-v4", variant="plain"
     )
     (other / "norms.csv").write_text(lines[0] + "\n")  # none yet
+    for variant, text in {"time": "not,norms\n1,2\n", "sigma": f"{lines[0]}\n100,batch,zero,1,1,1,1\n"}.items():
+        damaged = tmp_path / "runs" / f"Ant-v4__ablation__variant={variant}__1"
+        write_run(damaged, [(100, 1)], env_id="Ant-v4", variant=variant)
+        (damaged / "norms.csv").write_text(text)
+    notes = []
+    monkeypatch.setattr(plot, "note", notes.append)
     main("runs", "--figures", "norms")
+    assert len(notes) == 2 and all(note.startswith("left out, ") for note in notes)
     assert set(drawn) == {"ant-v4-norms"}
     of_mean, of_largest = drawn["ant-v4-norms"]
     assert curve(of_mean, "Flow-G (1 seed)") == ([100, 200], pytest.approx([0.25, 4]))

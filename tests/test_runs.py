@@ -332,7 +332,7 @@ def test_load_policy_is_the_averaged_actor(script, main, tmp_path, capsys):
     (folder / "policy.pt").write_bytes(b"not a policy")
     with pytest.raises(SystemExit):
         script.load_policy(folder / "policy.pt")
-    assert "policy.pt is truncated or corrupted" in capsys.readouterr().err
+    assert "policy.pt is unreadable, truncated or corrupted" in capsys.readouterr().err
 
 
 # --- checkpoints ---
