@@ -186,6 +186,10 @@ def test_notebook_runs_from_top_to_bottom():
     for policy in ("plain", "clipped", "gated"):
         assert fit[f"wide, {policy}"][1] == pytest.approx(10, rel=0.1)
     assert fit["far, plain"][0] < fit["far, clipped"][0] and fit["far, plain"][1] > 5
+    for policy in ("plain", "clipped", "gated", "decoded"):
+        assert fit[f"far, {policy}"][2] == pytest.approx(16, rel=0.15)  # by Stein's lemma
+        assert (fit[f"far, {policy}"][3] > 1e6) == (policy == "decoded")  # which its batches, below, do not see
+    assert fit["far, decoded"][1] < 6
 
     for name in ("scalar", "product_is_s", "bounds", "matched", "entropies", "toys", "bandit"):
         assert flat(numbers[name]) == pytest.approx(flat(stored[name]), rel=0.05, abs=1e-3), name

@@ -173,6 +173,24 @@ def test_exponential_step_keeps_wide_and_narrow_marginals_whatever_sigma_is(scri
         assert distance("euler") > 5  # stiff: the narrow flow's velocity is steep, and the score amplifies it
 
 
+@pytest.mark.parametrize(
+    "score_step, power, expected",
+    [("euler", 0, 1.55e6), ("euler", 0.5, 4.0), ("exponential", -0.5, 223), ("exponential", 0, 0.83)],
+    ids=["euler constant", "euler shrinking", "exponential constant", "exponential shrinking"],
+)
+def test_the_noise_schedule_matters_most(shared, score_step, power, expected):
+    """The table of step 8: mean distance between quantiles of A_16 and those of N(1, 0.1^2), sigma 4."""
+    actor = shared.Actor(1, [-1.0], [1.0], flow_steps=16, score_step=score_step)
+    actor.velocity_net = ExactVelocity(torch.tensor([[1.0]]), torch.tensor([0.1]), torch.tensor([1.0]))
+    hold_sigma(actor, 4.0)
+    step = actor.step
+    actor.step = lambda i, a, v, sigma: step(i, a, v, sigma * (1 - i / 16) ** power)  # the other schedule's sigma_t
+    exact = 1 + 0.1 * torch.special.ndtri((torch.arange(50_000) + 0.5) / 50_000)
+    with torch.no_grad():
+        end = actor.rollout(torch.zeros(50_000, 1), torch.randn(17, 50_000, 1))[2][-1]
+    assert float((end[:, 0].sort().values - exact).abs().mean()) == pytest.approx(expected, rel=0.05)
+
+
 # --- a rollout is a residual RNN: steps 2 to 6 of the argument ---
 
 
@@ -354,6 +372,10 @@ def test_flow_g_starts_contractive():
     features = velocity.encode(actor.encoder(torch.randn(6, 5)))
     hidden = F.silu(features + velocity.from_action(a) + velocity.from_time(0.0))
     assert torch.allclose(torch.sigmoid(velocity.gate(hidden[:, :256])), torch.tensor(0.9933), atol=1e-4)
+    noise = torch.cat([torch.randn(1, 6, 3), torch.zeros(4, 6, 3)]).requires_grad_()
+    start, *_, end = actor.rollout(torch.randn(6, 5), noise)[2]
+    rows = [torch.autograd.grad(end[:, d].sum(), start, retain_graph=True)[0] for d in range(3)]
+    assert torch.linalg.matrix_norm(torch.stack(rows, dim=1), 2).max() < 0.8  # of the rollout; (1 - dt g)^4 is 0.32
 
 
 @pytest.mark.parametrize("heads", [1, 4, 8])
