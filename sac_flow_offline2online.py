@@ -385,8 +385,8 @@ class Actor(nn.Module):
         super().__init__()
         low = torch.as_tensor(action_low, dtype=torch.float32).repeat(chunk)
         high = torch.as_tensor(action_high, dtype=torch.float32).repeat(chunk)
-        extent = high - low
-        if not (len(low) and extent.isfinite().all() and (extent > 0).all()):
+        same_shape = low.ndim == 1 and low.shape == high.shape
+        if not (same_shape and len(low) and (high - low).isfinite().all() and (low < high).all()):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
@@ -404,7 +404,7 @@ class Actor(nn.Module):
             nn.init.zeros_(self.sigma_net[-1].weight)
             start = math.atanh((self.log_sigma + 1.5) / 3.5)  # where `sigma` below equals the flag
             nn.init.constant_(self.sigma_net[-1].bias, start)
-        self.register_buffer("scale", extent / 2)
+        self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
         # The paper's target, 0, would require far more noise than the paper's sigma gives. This one is met with a sigma
         # near `sigma`, or above it where actions are near their bounds.
@@ -928,7 +928,7 @@ def parse_args() -> tuple[Args, dict | None]:
     if folder := args.resume or args.evaluate:
         path = Path(folder)
         if args.evaluate:
-            checkpoint = load(path if os.path.isfile(path) else path / "policy.pt", "obs_dim")
+            checkpoint = read_policy(path)
         elif os.path.isfile(path):
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         else:
@@ -1359,6 +1359,11 @@ def load(path: Path, key: str) -> dict:
     return state
 
 
+def read_policy(path: Path) -> dict:
+    """Read a policy file, or the policy.pt of a run's folder."""
+    return load(path if os.path.isfile(path) else path / "policy.pt", "obs_dim")
+
+
 def build_policy(state: dict) -> Actor:
     """The actor that `Run.save_policy` wrote, frozen."""
     args = Args(**state["args"])
@@ -1369,8 +1374,11 @@ def build_policy(state: dict) -> Actor:
 
 
 def load_policy(path: str) -> Actor:
-    """The actor of a policy.pt, frozen: its `act(obs)` returns chunks (B, h D)."""
-    return build_policy(load(Path(path), "obs_dim"))
+    """The actor of a policy file, or of a run's folder, frozen: its `act(obs)` returns chunks (B, h D).
+
+    Stops the program (SystemExit) if there is none, or if it is damaged or another script's.
+    """
+    return build_policy(read_policy(Path(path)))
 
 
 def play(args: Args, policy: dict) -> None:
@@ -1920,6 +1928,9 @@ def load_data(path: str | None, env: gym.Env, args: Args) -> torch.Tensor:
     for whatever reason) does not.
     """
     package = benchmark_of(args.env_id, args.dataset)
+    is_own = package in ("gymnasium", "pyarrow")
+    mend = "mend it (benchmark/README.md, Your own data)" if is_own else "fetch it again"
+    mend += ", or name another --dataset"
     try:
         if package == "robosuite":
             robomimic_kwargs(path, args.env_id)
@@ -1936,16 +1947,15 @@ def load_data(path: str | None, env: gym.Env, args: Args) -> torch.Tensor:
         with np.errstate(over="ignore"):  # what is too large for float32 is refused below
             data = {key: np.asarray(values, np.float32) for key, values in data.items()}
     except KeyError as error:
-        fail(f"{path} lacks what a data set for --env-id {args.env_id} has ({error.args[0]}): name another --dataset")
+        fail(f"{path} lacks what a data set for --env-id {args.env_id} has ({error.args[0]}): {mend}")
     except FileNotFoundError as error:
         fail(f"there is no {error.filename or first_line(error)}: put it back")
     except Exception as error:
-        what = f"is truncated, corrupted or of another format ({first_line(error)})"
-        fail(f"{path} {what}: fetch it again, or name another --dataset")
+        fail(f"{path} is truncated, corrupted or of another format ({first_line(error)}): {mend}")
     if not data or not data["last"].any():
         fail(f"{path} has no complete episode: name another --dataset")
     if len({len(values) for values in data.values()}) > 1:
-        fail(f"{path}: its arrays differ in length, or its last episode has no end: fetch it again")
+        fail(f"{path}: its arrays differ in length, or its last episode has no end: {mend}")
     shapes = dict(obs=env.observation_space.shape, action=env.action_space.shape, reward=())
     shapes["next_obs"] = shapes["obs"]
     for key, shape in shapes.items():
@@ -1953,7 +1963,7 @@ def load_data(path: str | None, env: gym.Env, args: Args) -> torch.Tensor:
             fail(f"{path}: {key} has shape {data[key].shape[1:]}, but --env-id {args.env_id} has {shape}")
     for key, values in data.items():
         if not np.isfinite(values).all():
-            fail(f"{path}: {key} has NaN or infinite values: fetch it again or name another --dataset")
+            fail(f"{path}: {key} has NaN or infinite values: {mend}")
     space = env.action_space
     outside = np.maximum(data["action"] - space.high, space.low - data["action"]).max(0)
     if (outside > 1e-3 * np.minimum(extent_of(space), 1)).any() and not args.rescale_actions:

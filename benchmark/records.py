@@ -146,7 +146,8 @@ def read(folders: Sequence[Path], training: bool = False, only: Sequence[str] = 
         note(f"left out, {why}: {len(paths)} file{'s' * (len(paths) > 1)} such as {paths[0].name}")
     if not runs:
         missing, instead = ("training episodes", "drop --training") if training else ("evaluations", "try --training")
-        fail(f"no {missing} in {' '.join(map(str, folders))}: {instead}, or name other folders")
+        matching = f" whose path has {' or '.join(only)} (--only)" if only else ""
+        fail(f"no {missing}{matching} in {' '.join(map(str, folders))}: {instead}, or name other folders")
     set_variants(runs)
     runs = unique(runs)
     envs = [*RANGES, *sorted({run.env for run in runs} - set(RANGES))]
@@ -245,7 +246,7 @@ def script_of(folder: Path) -> str:
     """The script behind a run's folder: from its name, or a policy or checkpoint in it. Raises ValueError."""
     if match := re.search(rf"(?:^|__)({'|'.join(SCRIPTS)})(?:__|$)", folder.name):
         return match[1]
-    for path in (folder / "policy.pt", folder / "checkpoint.pt"):
+    for path in (folder / "policy.pt", folder / "policy_best.pt", folder / "checkpoint.pt"):
         if path.exists():
             import torch  # here, because few folders need it
 

@@ -23,11 +23,11 @@ FLAGS = re.S | re.M
 FUNCTIONS = """
     TimeEmbedding alpha_loss record with_gradients apply_gradients move_average Failure fail note first_line explained
     flag read_flags lock thread_failed new_folder in_plain_types target_entropy_of Generators is_legacy
-    load seed_random record_videos to_obs to_action unchanged find_compiler set_matmul_precision CudaGraph
+    load read_policy seed_random record_videos to_obs to_action unchanged find_compiler set_matmul_precision CudaGraph
 """.split()
 METHODS = """
     step entropy_at largest_entropy draw_noise __enter__ __exit__ on_signal seconds paused kept check_finite mean_losses
-    log_update say_how_it_goes write_scalars write_row should_save save_policy save_as say_where
+    log_update say_how_it_goes write_scalars write_row should_save save save_policy save_as say_where
 """.split()
 
 

@@ -142,7 +142,7 @@ def test_own_files_that_do_not_fit(refused, tmp_path):
         np.savez(path, **{name: values for name, values in changed.items() if values is not None})
         refused(flags, str(path), *texts)
 
-    refuse({"timeouts": None}, "lacks", "timeouts")
+    refuse({"timeouts": None}, "lacks", "timeouts", "mend it (benchmark/README.md, Your own data)")
     refuse({"observations/goal/y": None}, "lacks", "observations/goal/y")
     refuse({"rewards": np.append(arrays["rewards"], 0)}, "differ in length", "'rewards'")
     refuse({"actions": arrays["actions"][:, :1]}, "(1,)", "(2,)")

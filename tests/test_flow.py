@@ -513,7 +513,9 @@ def test_shapes_are_checked(script):
     for bad_obs, bad_noise in ((obs, torch.randn(9, 5, 3)), (obs[:, :4], noise), (obs[:1], noise), (obs[0], noise)):
         with pytest.raises(ValueError, match=r"rollout takes obs \(B, 11\) and noise \(5, "):
             actor.rollout(bad_obs, bad_noise)
-    for low, high in (([-1, -1], [1, torch.inf]), ([1, -1], [-1, 1]), ([0, 0], [0, 1]), ([], []), ([-3e38], [3e38])):
+    wrong = [([-1, -1], [1, torch.inf]), ([1, -1], [-1, 1]), ([0, 0], [0, 1]), ([], []), ([-3e38], [3e38])]
+    wrong += [([-1], [1, 1]), ([-1, -1], [1]), (-1, 1)]  # which would broadcast
+    for low, high in wrong:
         with pytest.raises(ValueError, match="finite bounds, low < high"):
             script.Actor(11, low, high)
 

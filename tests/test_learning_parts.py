@@ -129,6 +129,17 @@ def test_critic_loss_bootstraps_truncated_but_not_terminated_transitions(shared,
     torch.testing.assert_close(critics[0].scale.grad, (2.0 - y).mean())  # through Q(s, a) alone, not the target
 
 
+def test_each_layer_of_a_critic_reads_what_is_normalised(shared):
+    critic, read = shared.Critic(2, 1, 8, shared.BatchRenorm), []
+    layers = [layer for layer in critic.net if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    critic(3 + torch.randn(64, 2), torch.rand(64, 1))
+    assert len(read) == len(layers) == 3
+    for x in read:
+        torch.testing.assert_close(x.mean(0), torch.zeros_like(x[0]), atol=1e-4, rtol=0)
+
+
 def test_crossq_forward_is_joint(shared):
     """The critics' statistics are those of (s, a) and (s', a') together, and are updated once per update."""
     renorm = shared.BatchRenorm

@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT, FixedPolicy, Table
 from torch import nn
 from torch.autograd.functional import jacobian
+from torch.nn import functional as F
 
 import sac_flow_offline2online as script
 
@@ -71,6 +72,16 @@ def test_merge_chunks_is_the_step_by_step_sum():
         assert action[0].tolist() == [value for row in rows for value in (row[1], -row[1])]
         seen.add((is_terminal, all(is_own), all(is_executed)))
     assert len(seen) == 5  # whole, cut short; terminated: at the end, and cut short, and within its episode
+
+
+def test_a_ring_that_wrapped_around_goes_on_where_it_was():
+    ring, resumed = (script.ReplayBuffer(8, 1, 1, torch.device("cpu")) for _ in range(2))
+    for i in range(21):
+        if i == 11:
+            resumed.load_state_dict(ring.state_dict())
+        for buffer in [ring, resumed] if i >= 11 else [ring]:
+            buffer.add([i], [0], 0, 0, [i + 1], follows=i % 5 > 0)
+    assert torch.equal(ring.rows, resumed.rows) and ring.added == resumed.added
 
 
 def test_chunks_stay_within_their_episode_in_a_ring():
@@ -362,6 +373,23 @@ def test_success_interval_is_wilsons(successes):
     for edge in {low, high} - {0.0, 1.0}:  # where the normal test of that rate just does not reject
         assert abs(successes / 10 - edge) == pytest.approx(1.96 * math.sqrt(edge * (1 - edge) / 10), rel=1e-6)
     assert low < successes / 10 or successes == low == 0
+
+
+def test_the_gated_velocity_is_that_of_flow_g():
+    """v = g (vhat - a), and the gate starts open."""
+    net, a = script.GatedVelocity(3, 2, 16, 2, 8), torch.randn(6, 2)
+    features = net.encode(torch.randn(6, 3))
+    hidden = F.silu(features + net.from_action(a) + net.from_time(0.5))
+    gate = lambda: torch.sigmoid(net.gate(hidden[:, 16:]))  # noqa: E731
+    torch.testing.assert_close(gate(), torch.full((6, 2), 0.9933), atol=1e-4, rtol=0)
+    nn.init.normal_(net.gate.weight)
+    torch.testing.assert_close(net(0.5, a, features), gate() * (net.candidate(hidden[:, :16]) - a))
+
+
+def test_the_decoder_starts_as_pytorch_initialises_it():
+    """As measured: from scratch Flow-T starts contractive."""
+    net = script.make_actor(script.Args(velocity="decoded", chunk=1), 3, [-1.0], [1.0]).velocity_net
+    assert not torch.allclose(net.out.weight, -net.from_action.weight.T, atol=0.02)
 
 
 def test_the_decoder_is_that_of_flow_t():

@@ -627,12 +627,15 @@ def test_a_task_that_forgets_its_render_mode_is_filmed(monkeypatch, tmp_path):
 def test_defaults_by_task(monkeypatch):
     expected = {"lift": (10_000, 10_000, False), "cube-double-play-singletask-task2-v0": (300, 300, False)}
     expected |= {"cube-triple-play-singletask-v0": (100, 100, False), "scene-play-singletask-v0": (100, 100, True)}
-    expected |= {"scene-of-my-own/play-v0": (100, 100, False)}
+    expected |= {"scene-of-my-own/play-v0": (100, 100, False), "robosuite/Stack": (10_000, 10_000, False)}
     for env_id, defaults in expected.items():
-        monkeypatch.setattr("sys.argv", ["x", "--env-id", env_id, "--no-cuda"])
+        dataset = ["--dataset", "x.hdf5"] if env_id.startswith("robosuite/") else []
+        monkeypatch.setattr("sys.argv", ["x", "--env-id", env_id, "--no-cuda", *dataset])
         args, _ = script.parse_args()
         assert (args.beta, args.online_beta, args.sparse) == defaults
-    for flags, betas in (("--beta 5", (5, 5)), ("--online-beta 1000", (10_000, 1_000))):
+    monkeypatch.setattr("sys.argv", ["x", "--env-id", "scene-play-singletask-v0", "--no-sparse", "--no-cuda"])
+    assert not script.parse_args()[0].sparse
+    for flags, betas in (("--beta 5", (5, 5)), ("--beta 0", (0, 0)), ("--online-beta 1000", (10_000, 1_000))):
         monkeypatch.setattr("sys.argv", ["x", "--no-cuda", *flags.split()])
         args, _ = script.parse_args()
         assert (args.beta, args.online_beta) == betas

@@ -466,12 +466,13 @@ def test_a_seed_in_two_of_many_named_folders_is_said(tmp_path, capsys):
     assert "seed 2 of Flow-G on Hopper-v4 is in several of the named folders" in capsys.readouterr().err
 
 
-def test_script_from_the_policy(tmp_path):
-    """A run whose name is the user's own."""
+@pytest.mark.parametrize("file", ["policy.pt", "policy_best.pt", "checkpoint.pt"])
+def test_script_from_the_policy(tmp_path, file):
+    """A run whose name is the user's own; before its first checkpoint it has the best policy alone."""
     import torch
 
     write_run(tmp_path / "mine", [(100, 1)])
-    torch.save({"script": "sac_gaussian"}, tmp_path / "mine" / "policy.pt")
+    torch.save({"script": "sac_gaussian"}, tmp_path / "mine" / file)
     (run,) = records.read([tmp_path])
     assert run.algorithm == "Gaussian"
 
@@ -570,7 +571,7 @@ def test_published_results_are_read_as_they_are(capsys):
         ("nowhere", "there is no nowhere: name folders of runs/ or of benchmark/results/"),
         ("empty", "no evaluations in empty: try --training"),
         ("good --training", "no training episodes in good: drop --training"),
-        ("good --only nothing", "no evaluations in good"),
+        ("good --only nothing", "no evaluations whose path has nothing (--only) in good"),
         ("good --steps 0", "--steps must be 1 or more, not 0"),
         ("good --reps 0", "--reps must be 1 or more, not 0"),
         ("good --ranges Own-v0=5,1", "--ranges Own-v0=5,1: an environment and two returns, low < high"),

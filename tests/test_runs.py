@@ -220,6 +220,59 @@ def main(tmp_path, monkeypatch):
     return main
 
 
+HOME = ["--env-id", "tiny_envs:Home-v0", "--learning-starts", 15, *SMALL]
+
+
+def test_seconds_go_on_when_a_run_is_resumed(shared, main):
+    folder = main(shared, *HOME, "--total-timesteps", 60, "--eval-every", 10)
+    before = torch.load(folder / "checkpoint.pt")["progress"]["seconds"]
+    main(shared, "--resume", folder, "--total-timesteps", 70)
+    for name in ("returns.csv", "eval.csv"):
+        _, *rows = csv.reader(open(folder / name))
+        seconds = [float(row[-1]) for row in rows]
+        assert seconds == sorted(seconds) and seconds[-1] > round(before, 2) > 0
+    assert torch.load(folder / "checkpoint.pt")["progress"]["seconds"] > before
+
+
+def test_tensorboard_forgets_what_is_done_again(shared, main, monkeypatch):
+    """The run dies after the checkpoint of step 40, during the evaluation at 60."""
+    evaluate, calls = shared.evaluate, []
+
+    def dies(*inputs):
+        calls.append(inputs)
+        if len(calls) == 3:
+            sys.exit(1)
+        return evaluate(*inputs)
+
+    monkeypatch.setattr(shared, "evaluate", dies)
+    with pytest.raises(SystemExit):
+        main(shared, *HOME, "--save-every", 20, "--eval-every", 20, "--total-timesteps", 70)
+    folder = the_run(Path.cwd())
+    assert checkpoint(folder)["step"] == 40
+    main(shared, "--resume", folder)
+    episodes = EventAccumulator(str(folder)).Reload().Scalars("charts/episodic_return")
+    assert [event.step for event in episodes] == list(range(10, 80, 10))
+
+
+def test_evaluate_plays_episodes_of_the_runs_length(shared, main, capsys):
+    folder = main(shared, *HOME, "--max-episode-steps", 4, "--total-timesteps", 40, "--eval-every", 0)
+    main(shared, "--evaluate", folder)
+    assert capsys.readouterr().out.count(", length 4\n") == 2
+
+
+def test_flags_that_a_resumed_run_may_change(shared, main, monkeypatch):
+    folder = main(shared, *HOME, "--total-timesteps", 20, "--eval-every", 0)
+    for flags in ("--compile", "--capture-video", "--eval-every 7", "--eval-episodes 2", "--save-every 9"):
+        monkeypatch.setattr("sys.argv", ["x", "--resume", str(folder), "--total-timesteps", "30", *flags.split()])
+        shared.parse_args()
+
+
+def test_actions_are_clipped_to_the_bounds_and_shaped(shared):
+    space = gym.spaces.Box(np.float32([[-1, 0]]), np.float32([[2, 4]]))
+    action = shared.to_action(np.array([-1.0000001, 4.0000005]), space)
+    assert space.contains(action) and action.tolist() == [[-1, 4]]
+
+
 def test_measuring_leaves_training_as_it_is(shared, main, monkeypatch):
     """Evaluations and gradient norms draw random numbers, run the networks and step an environment of their own."""
     flags = ["--env-id", "tiny_envs:Dice-v0", "--total-timesteps", 200, "--learning-starts", 50, *SMALL]
@@ -324,8 +377,11 @@ def test_load_policy_is_the_averaged_actor(script, main, tmp_path, capsys):
     folder = main(script, *PENDULUM, "--total-timesteps", 150, "--actor-average", 0.9, "--flow-steps", 3)
     actor, state = script.load_policy(folder / "policy.pt"), checkpoint(folder)
     assert_same(dict(actor.state_dict()), dict(state["average"]))
+    assert_same(dict(script.load_policy(str(folder)).state_dict()), dict(state["average"]))
     assert not torch.equal(state["average"]["sigma_net.0.weight"], state["actor"]["sigma_net.0.weight"])
-    assert_same(state["average"]["norm.running_mean"], state["actor"]["norm.running_mean"])
+    for statistic in ("running_mean", "running_var", "batches"):
+        assert_same(state["average"][f"norm.{statistic}"], state["actor"][f"norm.{statistic}"])
+    assert (state["actor"]["norm.running_var"] != 1).all()
     obs = torch.randn(6, 4)
     assert actor.flow_steps == 3 and actor.act(obs, deterministic=True).shape == (6, 1)
     torch.testing.assert_close(actor.act(obs[:1], deterministic=True), actor.act(obs, deterministic=True)[:1])
@@ -741,6 +797,12 @@ def assert_refused(done, *words):
         ("--tau 0", "--tau"),
         ("--alpha 0", "--alpha"),
         ("--actor-lr nan", "--actor-lr"),
+        ("--adam-b1 1", "--adam-b1"),
+        ("--renorm-warmup -1", "--renorm-warmup"),
+        ("--target-entropy nan", "--target-entropy must be finite"),
+        ("--total-timesteps 5000", "--total-timesteps must be above"),
+        ("--gamma -0.1", "--gamma"),
+        ("--tau 1.5", "--tau"),
         ("--seed -1", "--seed"),
         ("--seed 5000000000", "--seed"),
         ("--env-id tiny_envs:Broken-v0", "tiny_envs:Broken-v0: division by zero"),

@@ -3,8 +3,10 @@
 Its twins have the same loop, word for word (test_project.py).
 """
 
+import math
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import tiny_envs
@@ -15,7 +17,7 @@ import sac_flow_g as script
 
 FLAGS = "--env-id tiny_envs:Recorded-v0 --total-timesteps 40 --learning-starts 20 --actor-delay 2 --eval-every 0"
 FLAGS += " --gamma 0.9 --tau 0.3 --critic-lr 3e-3 --actor-lr 2e-3 --alpha-lr 1e-2 --alpha 0.2 --adam-b1 0.6"
-FLAGS += " --target-entropy -7 --flow-steps 2"
+FLAGS += " --target-entropy -7 --flow-steps 2 --seed 3"
 
 
 def copied(value):
@@ -29,9 +31,9 @@ def copied(value):
 def recorded(request, tmp_path_factory):
     """A run of 20 random steps and 20 with an update each, of the actor every second time.
 
-    `critic_loss`, `actor_loss` and `alpha_loss` are lists of their calls' inputs, `policy` is a list of (actor,
-    keywords, observation, action); `state` is the checkpoint, `rows` what the environment saw, `actor` the actor that
-    learns.
+    `critic_loss`, `actor_loss` and `alpha_loss` are lists of their calls' inputs and `result`, `policy` is a list of
+    (actor, keywords, observation, action); `state` is the checkpoint, `rows` what the environment saw, `seeds` those of
+    its resets, `actor` the actor that learns.
     """
     calls = {name: [] for name in ("critic_loss", "actor_loss", "alpha_loss", "policy")}
     folder = tmp_path_factory.mktemp("recorded")
@@ -42,8 +44,9 @@ def recorded(request, tmp_path_factory):
 
             def recording(*inputs):
                 call = {key: copied(value) for key, value in zip(names, inputs, strict=True)}
-                calls[name].append(SimpleNamespace(**call))
-                return loss(*inputs)
+                result = loss(*inputs)
+                calls[name].append(SimpleNamespace(**call, result=result))
+                return result
 
             patch.setattr(script, name, recording)
 
@@ -76,7 +79,8 @@ def recorded(request, tmp_path_factory):
         patch.setattr("sys.argv", ["script", *SMALL, *FLAGS.split(), crossq])
         script.main()
         (env,) = tiny_envs.Recorded.made
-    return SimpleNamespace(**calls, crossq=request.param, state=checkpoint(the_run(folder)), rows=env.rows)
+    state = checkpoint(the_run(folder))
+    return SimpleNamespace(**calls, crossq=request.param, state=state, rows=env.rows, seeds=env.seeds)
 
 
 def test_losses_are_given_what_the_flags_say(recorded):
@@ -130,8 +134,71 @@ def test_each_network_is_normalised_by_the_batches_of_its_own_updates(recorded):
         assert seen == ({batches} if recorded.crossq else set())
 
 
-def test_the_entropy_is_logged_with_its_sign(recorded):
-    assert recorded.state["scalars"]["losses"][script.LOSSES.index("entropy")] == -recorded.alpha_loss[-1].log_prob
+def test_what_is_logged_is_what_its_name_says(recorded):
+    """The critics' of the last update, the actor's of the last but one."""
+    qf_loss, q = recorded.critic_loss[-1].result
+    actor_loss, log_prob, *_ = recorded.actor_loss[-1].result
+    expected = dict(qf_loss=qf_loss, qf_values=q, actor_loss=actor_loss, alpha_loss=recorded.alpha_loss[-1].result)
+    expected |= dict(alpha=recorded.actor_loss[-1].alpha, entropy=-log_prob)
+    assert set(expected) == set(script.LOSSES)
+    logged = dict(zip(script.LOSSES, recorded.state["scalars"]["losses"].tolist(), strict=True))
+    assert logged == {name: pytest.approx(value.item(), rel=1e-6) for name, value in expected.items()}
+
+
+def test_means_of_losses_are_of_the_updates_since_the_last_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, written = script.Run(script.Args(), 300, None), []
+    monkeypatch.setattr(run, "write_scalars", lambda prefix, values: written.append((prefix, values)))
+    with run:
+        for i in range(1, 201):
+            run.progress.step = run.progress.updates = i
+            run.log_update(torch.full((len(script.LOSSES),), float(i)))
+    means = [values for prefix, values in written if prefix == "losses/"]
+    assert means == [dict.fromkeys(script.LOSSES, 50.5), dict.fromkeys(script.LOSSES, 150.5)]
+
+
+def test_only_the_first_reset_is_seeded(recorded):
+    assert recorded.seeds[0] == 3 and len(recorded.seeds) > 4 and not any(recorded.seeds[1:])
+
+
+def test_another_seed_has_other_starts_and_other_random_actions(tmp_path, monkeypatch):
+    first = []
+    for seed in ("5", "6"):
+        monkeypatch.chdir(tmp_path)
+        flags = ["--env-id", "tiny_envs:Home-v0", "--learning-starts", "15", "--total-timesteps", "20", *SMALL]
+        monkeypatch.setattr("sys.argv", ["script", *flags, "--eval-every", "0", "--seed", seed, "--run-name", seed])
+        script.main()
+        first.append(checkpoint(tmp_path / "runs" / seed)["buffer"]["rows"][:15, :2])  # observation and action
+    assert (first[0] != first[1]).all()
+
+
+def test_the_policy_sees_the_observation_and_is_deterministic_only_if_asked():
+    actor = script.Actor(3, [-1, 0], [2, 4]).requires_grad_(False)
+    choose = script.compiled_policy(actor, script.unchanged, script.unchanged)
+    for obs in (np.array([0, 1, 7], np.float32), np.array([1, 3, 7], np.float32)):
+        expected = actor.act(torch.from_numpy(obs), deterministic=True).numpy()
+        np.testing.assert_allclose(choose(obs, deterministic=True), expected, rtol=1e-6)
+        torch.manual_seed(3)
+        sampled = choose(obs)
+        torch.manual_seed(3)
+        np.testing.assert_allclose(sampled, actor.act(torch.from_numpy(obs)).numpy(), rtol=1e-6)
+        assert not np.array_equal(choose(obs), sampled)
+
+
+def test_the_target_of_the_entropy_is_the_flags_or_else_the_actors():
+    actor = script.Actor(5, 3 * [-1], 3 * [1], entropy="path")
+    assert actor.target_entropy not in (0, -3)
+    for given, expected in ((None, actor.target_entropy), (0.0, 0.0), (-2.0, -2.0)):
+        assert script.target_entropy_of(script.Args(target_entropy=given), actor) == expected
+
+
+@pytest.mark.parametrize("warmup", [None, 0, 7])
+def test_the_switch_of_batch_renorm_reaches_actor_average_and_critics(warmup):
+    args, env = script.Args(renorm_warmup=warmup, buffer_size=10), gym.make("tiny_envs:Home-v0")
+    networks = script.make_networks(args, env, torch.device("cpu"))[:3]
+    modules = [module for network in networks for module in network.modules()]
+    warmups = [module.warmup for module in modules if isinstance(module, script.BatchRenorm)]
+    assert warmups == (1 + 1 + 2 * 3) * [math.inf if warmup is None else warmup]
 
 
 def test_the_learning_actor_samples_and_its_steps_are_stored_as_they_went(recorded):

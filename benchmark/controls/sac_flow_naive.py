@@ -226,8 +226,8 @@ class Actor(nn.Module):
         super().__init__()
         low = torch.as_tensor(action_low, dtype=torch.float32)
         high = torch.as_tensor(action_high, dtype=torch.float32)
-        extent = high - low
-        if not (len(low) and extent.isfinite().all() and (extent > 0).all()):
+        same_shape = low.ndim == 1 and low.shape == high.shape
+        if not (same_shape and len(low) and (high - low).isfinite().all() and (low < high).all()):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
         self.flow_steps = flow_steps
         self.score_step = score_step
@@ -249,7 +249,7 @@ class Actor(nn.Module):
             nn.Linear(sigma_dim, sigma_dim), nn.ReLU(),
             nn.Linear(sigma_dim, self.action_dim),
         )  # fmt: skip
-        self.register_buffer("scale", extent / 2)
+        self.register_buffer("scale", (high - low) / 2)
         self.register_buffer("bias", (high + low) / 2)
         # Last step: SAC's customary target, -1 for each dimension of actions in [-1, 1], implies a sigma of 0.36 at
         # K = 4 (0.18 with Euler's step or without the score). The last deviation is about sigma / K (sigma / sqrt(K)
@@ -764,7 +764,7 @@ def parse_args() -> tuple[Args, dict | None]:
     if folder := args.resume or args.evaluate:
         path = Path(folder)
         if args.evaluate:
-            checkpoint = load(path if os.path.isfile(path) else path / "policy.pt", "obs_dim")
+            checkpoint = read_policy(path)
         elif os.path.isfile(path):
             fail(f"--resume takes a run's folder, not a file in it: {path.parent}")
         else:
@@ -1129,6 +1129,11 @@ def load(path: Path, key: str) -> dict:
     return state
 
 
+def read_policy(path: Path) -> dict:
+    """Read a policy file, or the policy.pt of a run's folder."""
+    return load(path if os.path.isfile(path) else path / "policy.pt", "obs_dim")
+
+
 def build_policy(state: dict) -> Actor:
     """The actor that `Run.save_policy` wrote, frozen."""
     bounds = torch.ones_like(state["actor"]["scale"])  # the true ones are in the state
@@ -1138,8 +1143,11 @@ def build_policy(state: dict) -> Actor:
 
 
 def load_policy(path: str) -> Actor:
-    """The actor of a policy.pt, frozen: `load_policy("runs/<name>/policy.pt").act(obs, deterministic=True)`."""
-    return build_policy(load(Path(path), "obs_dim"))
+    """The actor of a policy file, or of a run's folder, frozen: `load_policy("runs/<name>").act(obs)`.
+
+    Stops the program (SystemExit) if there is none, or if it is damaged or another script's.
+    """
+    return build_policy(read_policy(Path(path)))
 
 
 def play(args: Args, policy: dict) -> None:
@@ -1266,7 +1274,7 @@ def make_env(env_id: str, max_episode_steps: int | None = None, render_mode: str
     obs = env.observation_space
     action = env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
-        fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap the environment")
+        fail(f"--env-id {env_id}: observations must be a Box of one dimension, not {obs}; wrap it (FlattenObservation)")
     if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
         fail(f"--env-id {env_id}: actions must be a Box of real numbers, not {action}; wrap the environment")
     if not (action.low.size and action.is_bounded() and (action.low < action.high).all()):
