@@ -1165,8 +1165,9 @@ def play(args: Args, policy: dict) -> None:
     path = Path(args.evaluate)
     if args.capture_video:
         folder, name = (path.parent, path.stem) if path.is_file() else (path, "policy")
+        prefix = f"evaluation-of-{name}"
         first = lambda episode: episode % args.eval_episodes == 0  # noqa: E731  of each kind
-        env = record_videos(env, folder, f"evaluation-of-{name}", first)
+        env = record_videos(env, folder, prefix, first)
     if env.observation_space.shape != (actor.obs_dim,) or env.action_space.low.size != actor.action_dim:
         fail(f"--evaluate {path}: it was trained on other observations or actions than {args.env_id} has now")
     choose = compiled_policy(actor, jit=unchanged, graph=unchanged)
@@ -1174,6 +1175,8 @@ def play(args: Args, policy: dict) -> None:
     with explained(f"--evaluate {path}"), env:
         for kind in ("deterministic", "stochastic"):
             seed_random(args.seed)
+            if args.capture_video:
+                env.name_prefix = f"{prefix}-{kind}"
             act = partial(choose, deterministic=kind == "deterministic")
             print(f"{kind}: {describe(evaluate(act, env, args.eval_episodes, args.seed))}", flush=True)
 
