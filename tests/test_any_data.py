@@ -483,10 +483,11 @@ def test_resumed_and_evaluated_in_these_units(main, tmp_path, reach, capsys, env
 
 
 def test_the_buffer_takes_what_the_run_needs(tmp_path):
-    args = script.Args(REACH, dataset="own.npz", online_steps=30, chunk=3, cuda=False)
+    args = script.Args(REACH, dataset="own.npz", online_steps=30, chunk=3, cuda=False, critic_layers=2, critic_dim=9)
     env = script.make_env(args)
     about_data = script.data_statistics(torch.zeros(100, 13), env)
-    *_, buffer = script.make_networks(args, env, torch.device("cpu"), about_data)
+    _, _, critics, _, buffer = script.make_networks(args, env, torch.device("cpu"), about_data)
+    assert [critic.net[0].out_features for critic in critics] == [9, 9] and len(critics[0].net) == 2 * 3 + 1
     assert len(buffer.rows) == 100 + 30 + 3
     args.buffer_size = 110
     args.online_fraction = "uniform"

@@ -392,6 +392,22 @@ def test_the_decoder_starts_as_pytorch_initialises_it():
     assert not torch.allclose(net.out.weight, -net.from_action.weight.T, atol=0.02)
 
 
+@pytest.mark.parametrize("velocity, body", [("gated", "candidate"), ("plain", "net"), ("decoded", "layers")])
+def test_flags_reach_the_networks(velocity, body):
+    args = script.Args(
+        velocity=velocity, chunk=1, sigma=0.3, sigma_dim=8, velocity_dim=12, velocity_layers=4, gate_dim=6,
+        decoder_dim=12, decoder_layers=4,
+    )  # fmt: skip
+    actor = script.make_actor(args, 3, [-1.0], [1.0])
+    torch.testing.assert_close(actor.sigma(torch.zeros(2, 3)), torch.full((2, 1), 0.3))
+    assert actor.sigma_net[0].out_features == 8
+    kind = script.DecoderLayer if velocity == "decoded" else nn.Linear
+    assert sum(isinstance(layer, kind) for layer in getattr(actor.velocity_net, body)) == 4
+    assert actor.velocity_net.from_obs.out_features == (18 if velocity == "gated" else 12)
+    args.learn_sigma = False
+    assert script.make_actor(args, 3, [-1.0], [1.0]).sigma_net is None
+
+
 def test_the_decoder_is_that_of_flow_t():
     text, t = ((ROOT / f"{name}.py").read_text() for name in (NAME, "sac_flow_t"))
 

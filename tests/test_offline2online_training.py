@@ -4,6 +4,7 @@ import csv
 import math
 import re
 import signal
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -89,10 +90,11 @@ def copies(network) -> list[torch.Tensor]:
 def calls(train, scripted, monkeypatch):
     """A run of 4 updates offline and 20 x 2 online: what its losses and its policy were given, call by call.
 
-    A dict of lists of dicts: of the arguments of critic_loss, of actor_loss (offline also x0 and t) and of alpha_loss,
-    networks as copies of their parameters; of (observation, chunk) under "policy"; the actor and the run's folder.
+    A dict of lists of dicts: of the arguments and the result of critic_loss, of actor_loss (offline also x0, t and
+    matching) and of alpha_loss, networks as copies of their parameters; of (observation, chunk) under "policy"; of the
+    losses of each update under "logged"; the actor and the run's folder.
     """
-    calls = {name: [] for name in ("critic_loss", "actor_loss", "alpha_loss", "policy")}
+    calls = {name: [] for name in ("critic_loss", "actor_loss", "alpha_loss", "policy", "logged")}
 
     def record(name, *names):
         loss = getattr(script, name)
@@ -105,7 +107,8 @@ def calls(train, scripted, monkeypatch):
                 if isinstance(value, torch.Tensor):
                     call[key] = value.detach().clone()
             calls[name].append(call)
-            return loss(*inputs)
+            call["result"] = loss(*inputs)
+            return call["result"]
 
         monkeypatch.setattr(script, name, recording)
 
@@ -116,7 +119,7 @@ def calls(train, scripted, monkeypatch):
 
     def recording_offline(*inputs):
         result = offline_actor_loss(*inputs)
-        calls["actor_loss"][-1] |= dict(x0=inputs[-2].clone(), t=inputs[-1].clone())
+        calls["actor_loss"][-1] |= dict(x0=inputs[-2].clone(), t=inputs[-1].clone(), matching=result[-1])
         return result
 
     def recording_policy(actor, *rest):
@@ -130,6 +133,10 @@ def calls(train, scripted, monkeypatch):
 
         return choice
 
+    log_update = script.Run.log_update
+    monkeypatch.setattr(
+        script.Run, "log_update", lambda run, losses: calls["logged"].append(losses.tolist()) or log_update(run, losses)
+    )
     monkeypatch.setattr(script, "offline_actor_loss", recording_offline)
     monkeypatch.setattr(script, "compiled_policy", recording_policy)
     monkeypatch.setattr(script, "evaluate", lambda *_: dict.fromkeys(script.SCORES, 0.0))
@@ -159,6 +166,19 @@ def test_updates_are_given_what_the_flags_and_the_data_say(calls):
     x0, t = (torch.stack([call[name] for call in actor[:4]]) for name in ("x0", "t"))
     assert t.shape == (4, 16, 1) and t.unique().numel() > 60 and 0 <= t.min() < 0.1 and 0.9 < t.max() <= 1
     assert x0.unique().numel() > 0.99 * 4 * 16 * 6
+
+
+def test_what_is_logged_is_what_its_name_says(calls):
+    """And alpha is moved by log p_c."""
+    parts = (calls[name] for name in ("critic_loss", "actor_loss", "alpha_loss", "logged"))
+    for critic, actor, alpha, logged in zip(*parts, strict=True):
+        (qf_loss, q), (loss, bc, log_prob, *_) = critic["result"], actor["result"]
+        assert alpha["log_prob"] == log_prob
+        expected = dict(qf_loss=qf_loss, qf_values=q, actor_loss=loss, flow_matching=actor.get("matching", 0.0), bc=bc)
+        expected |= dict(alpha_loss=alpha["result"], alpha=actor["alpha"], entropy=-log_prob)
+        expected |= dict(alpha_log_prob=actor["alpha"] * log_prob)
+        expected = {name: pytest.approx(float(value), rel=1e-5) for name, value in expected.items()}
+        assert dict(zip(script.LOSSES, logged, strict=True)) == expected
 
 
 def test_rewards_of_a_chunk_are_discounted_up_to_its_episodes_end(calls):
@@ -226,6 +246,26 @@ def test_losses_and_policy_are_compiled_if_asked(train, scripted, monkeypatch, c
     train(scripted, *flags, "--compile" if compile else "--no-compile")
     names = {"critic_loss", "actor_loss", "offline_actor_loss", "<lambda>"}  # the last is the policy's rollout
     assert set(compiled) == (names if compile else set())
+
+
+def test_another_seed_has_other_weights(train, scripted):
+    flags = "--chunk 3 --offline-steps 1 --online-steps 0 --eval-episodes 1".split()
+    runs = [checkpoint(train(scripted, *flags, "--seed", seed)) for seed in (1, 2)]
+    one, other = (run["actor"]["velocity_net.from_obs.weight"] for run in runs)
+    assert (one - other).abs().max() > 0.05
+
+
+def test_gradient_norms_are_logged_at_every_thousandth_step(train, scripted, monkeypatch):
+    """In either phase, with its own beta. The run is made to begin near such a step."""
+    logged, log = [], script.log_gradient_norms
+    record = lambda run, *inputs: logged.append((run.progress.step, *map(float, inputs[-2:]))) or log(run, *inputs)  # noqa: E731
+    monkeypatch.setattr(script, "log_gradient_norms", record)
+    flags = "--chunk 3 --no-autotune --alpha 0.25 --beta 5 --online-beta 2 --eval-episodes 1 --online-start 1".split()
+    for begin, offline, beta in ((1998, 2001, 5), (1996, 1997, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "Progress", partial(script.Progress, step=begin))
+            train(scripted, *flags, "--offline-steps", offline, "--online-steps", 5)
+        assert logged.pop() == (2000, 0.25, beta) and not logged
 
 
 # --- evaluation ---

@@ -370,6 +370,8 @@ def test_a_log_file_gets_lines(shared, main, capsys):
     (line,) = output.err.splitlines()
     shown = r"1100/1300 \[00:\d\d<00:\d\d, +[\d.]+ steps/s, return [\d.]+, alpha 0.0\d+\]"
     assert re.fullmatch(rf" 85%\|.*\| {shown}", line), line
+    ended = [float(row[1]) for row in returns(folder)[1:] if int(row[0]) < 1100]
+    assert len(ended) > 20 and f"return {np.mean(ended[-10:]):.4g}," in line
     assert output.out.startswith("run: runs/x\n") and folder.name == "x"
 
 

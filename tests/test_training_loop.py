@@ -12,6 +12,7 @@ import pytest
 import tiny_envs
 import torch
 from helpers import SMALL, checkpoint, the_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sac_flow_g as script
 
@@ -32,10 +33,11 @@ def recorded(request, tmp_path_factory):
     """A run of 20 random steps and 20 with an update each, of the actor every second time.
 
     `critic_loss`, `actor_loss` and `alpha_loss` are lists of their calls' inputs and `result`, `policy` is a list of
-    (actor, keywords, observation, action); `state` is the checkpoint, `rows` what the environment saw, `seeds` those of
-    its resets, `actor` the actor that learns.
+    (actor, keywords, observation, action), `norms` of (observation, noise, alpha) of `gradient_norms`; `run` is the
+    folder, `state` the checkpoint, `rows` what the environment saw, `seeds` those of its resets, `actor` the actor that
+    learns.
     """
-    calls = {name: [] for name in ("critic_loss", "actor_loss", "alpha_loss", "policy")}
+    calls = {name: [] for name in ("critic_loss", "actor_loss", "alpha_loss", "policy", "norms")}
     folder = tmp_path_factory.mktemp("recorded")
     with pytest.MonkeyPatch.context() as patch:
 
@@ -72,7 +74,8 @@ def recorded(request, tmp_path_factory):
 
         patch.setattr(script, "make_networks", recording_networks)
         patch.setattr(script, "compiled_policy", recording_policy)
-        patch.setattr(script, "gradient_norms", lambda *inputs: torch.zeros(3))  # it calls actor_loss, too
+        norms = lambda *inputs: calls["norms"].append(inputs[2:]) or torch.tensor([1.0, 2.0, 3.0])  # noqa: E731
+        patch.setattr(script, "gradient_norms", norms)  # it calls actor_loss, too
         patch.setattr(tiny_envs.Recorded, "made", [])
         patch.chdir(folder)
         crossq = "--crossq" if request.param else "--no-crossq"
@@ -80,7 +83,8 @@ def recorded(request, tmp_path_factory):
         script.main()
         (env,) = tiny_envs.Recorded.made
     state = checkpoint(the_run(folder))
-    return SimpleNamespace(**calls, crossq=request.param, state=state, rows=env.rows, seeds=env.seeds)
+    of_run = dict(run=the_run(folder), state=state, rows=env.rows, seeds=env.seeds)
+    return SimpleNamespace(**calls, **of_run, crossq=request.param)
 
 
 def test_losses_are_given_what_the_flags_say(recorded):
@@ -101,6 +105,10 @@ def test_losses_are_given_what_the_flags_say(recorded):
 def test_updates_move_what_they_are_to_move(recorded):
     """Adam's first step moves a weight by at most the learning rate, and the largest move is as long as that."""
     critic = recorded.critic_loss
+    half = len(critic[0].critics) // 2
+    assert not all(map(torch.equal, critic[0].critics[:half], critic[0].critics[half:]))  # twins would agree for ever
+    if not recorded.crossq:
+        torch.testing.assert_close(critic[0].targets, critic[0].critics, rtol=0, atol=0)
     for i, (before, after) in enumerate(zip(critic, critic[1:], strict=False)):
         assert all(not torch.equal(a, b) for a, b in zip(before.critics, after.critics, strict=True))
         moved = [not torch.equal(a, b) for a, b in zip(before.actor, after.actor, strict=True)]
@@ -145,6 +153,13 @@ def test_what_is_logged_is_what_its_name_says(recorded):
     assert logged == {name: pytest.approx(value.item(), rel=1e-6) for name, value in expected.items()}
 
 
+def test_gradient_norms_are_those_of_the_updates_alpha_and_logged_by_step(recorded):
+    ((obs, noise, alpha),) = recorded.norms  # with the first update
+    assert alpha == recorded.alpha_loss[1].log_alpha.exp() and obs.shape == (16, 3) and noise.shape == (3, 16, 2)
+    events = EventAccumulator(str(recorded.run)).Reload()
+    assert [events.Scalars(f"flow/grad_norm_step_{i}")[0].value for i in range(3)] == [1, 2, 3]
+
+
 def test_means_of_losses_are_of_the_updates_since_the_last_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run, written = script.Run(script.Args(), 300, None), []
@@ -162,14 +177,17 @@ def test_only_the_first_reset_is_seeded(recorded):
 
 
 def test_another_seed_has_other_starts_and_other_random_actions(tmp_path, monkeypatch):
-    first = []
+    first, weights = [], []
     for seed in ("5", "6"):
         monkeypatch.chdir(tmp_path)
         flags = ["--env-id", "tiny_envs:Home-v0", "--learning-starts", "15", "--total-timesteps", "20", *SMALL]
         monkeypatch.setattr("sys.argv", ["script", *flags, "--eval-every", "0", "--seed", seed, "--run-name", seed])
         script.main()
-        first.append(checkpoint(tmp_path / "runs" / seed)["buffer"]["rows"][:15, :2])  # observation and action
+        state = checkpoint(tmp_path / "runs" / seed)
+        first.append(state["buffer"]["rows"][:15, :2])  # observation and action
+        weights.append(state["average"]["velocity_net.from_obs.weight"])  # near the first ones
     assert (first[0] != first[1]).all()
+    assert (weights[0] - weights[1]).abs().max() > 0.05
 
 
 def test_the_policy_sees_the_observation_and_is_deterministic_only_if_asked():
