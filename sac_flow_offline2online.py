@@ -383,11 +383,13 @@ class Actor(nn.Module):
         score_step: str = "exponential", sigma: float = 0.1, learn_sigma: bool = False, sigma_dim: int = 128,
     ):  # fmt: skip
         super().__init__()
-        low = torch.as_tensor(action_low, dtype=torch.float32).repeat(chunk)
-        high = torch.as_tensor(action_high, dtype=torch.float32).repeat(chunk)
+        low = torch.as_tensor(action_low, dtype=torch.float32)
+        high = torch.as_tensor(action_high, dtype=torch.float32)
         same_shape = low.ndim == 1 and low.shape == high.shape
         if not (same_shape and len(low) and (high - low).isfinite().all() and (low < high).all()):
             raise ValueError(f"every action needs finite bounds, low < high, not {action_low} and {action_high}")
+        low = low.repeat(chunk)
+        high = high.repeat(chunk)
         self.flow_steps = flow_steps
         self.score_step = score_step
         self.counted_steps = slice(None)  # all: the last step's entropy, as in the other scripts, was not measured here

@@ -415,15 +415,16 @@ def growth(run: Run, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_norms(env: str, groups: dict[str, list[Run]], style: Style, out: Path) -> None:
     """How gradients grow on their way back through the rollout, along training: geometric means over seeds."""
+    columns = {"grad_norm": "mean of a batch's norms", "largest": "largest of a batch's norms"}
     with_norms = {}
     for name, runs in groups.items():
-        left = [run for run in runs if run.path.with_name("norms.csv").exists() and len(growth(run, "grad_norm")[0])]
+        left = [run for run in runs if run.path.with_name("norms.csv").exists()]
+        left = [run for run in left if all(len(growth(run, column)[0]) for column in columns)]
         if left:
             with_norms[name] = left
     if not with_norms:
         return
     figure, axes = panels(2)
-    columns = {"grad_norm": "mean of a batch's norms", "largest": "largest of a batch's norms"}
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
         axis.axhline(1, color="0.6", linewidth=0.8)
         for name, runs in with_norms.items():

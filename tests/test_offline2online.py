@@ -392,6 +392,12 @@ def test_the_decoder_starts_as_pytorch_initialises_it():
     assert not torch.allclose(net.out.weight, -net.from_action.weight.T, atol=0.02)
 
 
+@pytest.mark.parametrize("low, high", [([-1], [1, 1]), ([-1, -1], [1]), (-1, 1), ([], []), ([0, 0], [1, 0])])
+def test_bounds_that_do_not_fit_are_refused(low, high):
+    with pytest.raises(ValueError, match="finite bounds, low < high"):
+        script.Actor(3, low, high, chunk=2, velocity=VELOCITIES["plain"])
+
+
 @pytest.mark.parametrize("velocity, body", [("gated", "candidate"), ("plain", "net"), ("decoded", "layers")])
 def test_flags_reach_the_networks(velocity, body):
     args = script.Args(

@@ -364,14 +364,16 @@ def test_growth_of_the_gradients_of_the_ablation_is_drawn(main, drawn, tmp_path,
         other := tmp_path / "runs" / "Ant-v4__ablation__variant=plain__1", [(100, 1)], env_id="Ant-v4", variant="plain"
     )
     (other / "norms.csv").write_text(lines[0] + "\n")  # none yet
-    for variant, text in {"time": "not,norms\n1,2\n", "sigma": f"{lines[0]}\n100,batch,zero,1,1,1,1\n"}.items():
+    texts = {"time": "not,norms\n1,2\n", "sigma": f"{lines[0]}\n100,batch,zero,1,1,1,1\n"}
+    texts["renorm"] = f"{lines[0]}\n100,batch,0,1,1,large,1\n"  # in one of the two columns that are drawn
+    for variant, text in texts.items():
         damaged = tmp_path / "runs" / f"Ant-v4__ablation__variant={variant}__1"
         write_run(damaged, [(100, 1)], env_id="Ant-v4", variant=variant)
         (damaged / "norms.csv").write_text(text)
     notes = []
     monkeypatch.setattr(plot, "note", notes.append)
     main("runs", "--figures", "norms")
-    assert len(notes) == 2 and all(note.startswith("left out, ") for note in notes)
+    assert len(notes) == 3 and all(note.startswith("left out, ") for note in notes)
     assert set(drawn) == {"ant-v4-norms"}
     of_mean, of_largest = drawn["ant-v4-norms"]
     assert curve(of_mean, "Flow-G (1 seed)") == ([100, 200], pytest.approx([0.25, 4]))
