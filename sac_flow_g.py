@@ -54,7 +54,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -1387,6 +1386,8 @@ def find_compiler(device: torch.device):
         return torch.compile(function, dynamic=False, options=options)
 
     try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir  # here, since it takes seconds
+
         for library in glob.iglob(f"{glob.escape(cache_dir())}/**/*.so", recursive=True):
             with contextlib.suppress(OSError):  # another process may remove it first
                 status = os.stat(library)

@@ -3,6 +3,8 @@
 import difflib
 import importlib
 import re
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -80,6 +82,17 @@ def test_readme_loads_a_policy(monkeypatch, tmp_path):
     names = {}
     exec(code.replace("runs/<name>", str(the_run(tmp_path))), names)
     assert names["action"].shape == (3,) and abs(names["action"]).max() <= 1
+
+
+def test_a_policy_acts_without_the_compiler():
+    """Its import takes seconds (3 of 7 at the start): neither a wrong flag nor a saved policy waits for it."""
+    code = """import sys
+import torch
+import sac_flow_offline2online
+from sac_flow_g import load_policy
+load_policy("benchmark/policies/Hopper-v4__sac_flow_g.pt").act(torch.zeros(1, 11))
+sys.exit("torch._dynamo" in sys.modules)"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_readme_flags_exist():
