@@ -467,6 +467,7 @@ def test_where_robomimics_data_are_looked_for(monkeypatch, tmp_path):
 def test_compiled_is_eager(run, tmp_path, device):
     """On the same batches, up to rounding."""
     flags = [*SHORT, device, "--flow-steps", 2, "--offline-steps", 8, "--online-steps", 12, "--online-start", 6]
+    flags += ["--critic-layers", 2, "--velocity-layers", 1]
     run(*flags)
     eager = checkpoint(the_run(tmp_path).rename(tmp_path / "eager"))
     done = run(*flags, "--compile")
